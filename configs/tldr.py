@@ -1,0 +1,169 @@
+"""The main job: summarisation preferences, SFT then DPO.
+
+    python -m dpojax.main --config=configs/tldr.py
+
+Alone, it runs the embedded world on a CPU: posts, summaries and labels that dpojax generates itself.
+Hardware: 2 CPU cores. Time: under 4 minutes. Expected: a win rate of the DPO policy over the SFT policy
+clearly above 50 % by the world's true reward; README.md quotes the last measured one.
+
+    python -m dpojax.main --config=configs/tldr.py:paper --config.model.init=DIR --config.data.train=FILE ...
+
+`:paper` holds the TL;DR settings of Rafailov et al. 2023 (section 6 and appendix B; arXiv:2305.18290): GPT-J-6B
+after SFT, beta 0.5, batch 64, RMSprop at 1e-6 with 150 warmup steps. It needs accelerators, the data and weights.
+
+Every other config starts from this file; each setting is explained here.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The run's settings; `arg` is "" (embedded default) or "paper"."""
+    if arg not in ("", "paper"):
+        raise ValueError(f"unknown argument {arg!r}; it is 'paper' or nothing")
+    config = default()
+    if arg == "paper":
+        paper(config)
+        config.loss.beta = 0.5
+        config.data.prompt_template = "{prompt}\n\nTL;DR:"
+    return config
+
+
+def default() -> ConfigDict:
+    """The embedded world; the base of every config."""
+    c = ConfigDict()
+    c.seed = 0
+    c.batch_size = 32  # pairs per step
+    c.batch_groups = 0  # groups per step, for data whose groups hold different numbers of pairs
+    c.num_steps = 150
+    c.log_every_steps = 10
+    c.eval_every_steps = 50
+    c.checkpoint_every_steps = 100
+    c.tokenizer = ""  # .model, tokenizer.json or its folder; "": model.init's own, or the embedded world's
+    c.self_check = "auto"  # auto skips it above 1B parameters; full; off
+    c.export = False  # True writes WORKDIR/export, a Hugging Face directory
+
+    c.data = ConfigDict()
+    c.data.train = ""  # .jsonl(.gz), .parquet, .arrayrecord, hf:NAME, or "" for the embedded world
+    c.data.eval = ""
+    c.data.shuffle = True
+    c.data.flip_labels = 0.0  # share of training pairs whose labels are swapped (ablations)
+    c.data.prompt_template = ""  # e.g. '{prompt}\n\nTL;DR:'
+    c.data.max_prompt_tokens = 512  # BOS included; prompts are cut from the left
+    c.data.max_response_tokens = 128  # EOS included; responses are cut from the right
+    c.data.layout = "auto"  # shared (prompt once, packed), separate (padded, the oracle), auto
+    c.data.row_tokens = 0  # 0: the multiple of 128 that wastes least on this data
+    c.data.micro_batch_tokens = 4096  # per data shard; a step takes as many micro-batches as it needs
+    c.data.eval_max_pairs = 512  # 0: all
+    c.data.on_bad_line = "error"  # or skip, up to
+    c.data.max_bad_share = 0.01
+    c.data.workers = 0  # processes that tokenise and pack; 0: threads
+
+    c.model = ConfigDict()
+    c.model.init = ""  # Hugging Face directory, dpojax checkpoint, or "" for random weights
+    c.model.dtype = "float32"  # of the computation; bfloat16 on accelerators
+    c.model.param_dtype = "float32"  # bf16 masters lose updates at small learning rates
+    c.model.attention = "auto"
+    c.model.remat = "none"  # none, full, dots
+    c.model.logps_chunk_tokens = 1024  # logits exist for this many tokens at a time
+    # Sizes of random weights; model.init brings its own.
+    c.model.hidden_size = 128
+    c.model.intermediate_size = 352
+    c.model.num_layers = 4
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 2
+    c.model.head_dim = 32
+    c.model.norm = "rms"
+    c.model.norm_eps = 1e-5
+    c.model.mlp = "gated"
+    c.model.activation = "silu"
+    c.model.rope_theta = 10000.0
+    c.model.tie_embeddings = True
+    c.model.attention_bias = False
+    c.model.mlp_bias = False
+    c.model.max_positions = 1024
+    c.model.init_std = 0.02
+
+    c.sft = ConfigDict()
+    c.sft.num_steps = 500
+    c.sft.data = ""  # "": the chosen responses; the embedded world has demonstrations of its own
+    c.sft.batch_size = 16  # prompts
+    c.sft.learning_rate = 2e-3
+    c.sft.schedule = "cosine"
+    c.sft.warmup_steps = 50
+
+    c.loss = ConfigDict()
+    c.loss.name = "sigmoid"
+    c.loss.beta = 0.1
+    c.loss.label_smoothing = placeholder(float)
+    c.loss.average = placeholder(bool)
+    c.loss.sft_weight = placeholder(float)
+    c.loss.sft_normalize = placeholder(str)
+
+    c.reference = ConfigDict()
+    c.reference.mode = "live"  # or cached
+    c.reference.dtype = ""  # of the live tree; "": model.param_dtype
+    c.reference.rules = ConfigDict()  # its own sharding; empty: mesh.rules
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # rmsprop, adafactor, lion
+    c.optim.learning_rate = 2e-4
+    c.optim.schedule = "linear"  # constant, cosine
+    c.optim.warmup_steps = 15
+    c.optim.weight_decay = 0.0
+    c.optim.clip_norm = 1.0
+    c.optim.b1 = placeholder(float)  # unset: as published
+    c.optim.b2 = placeholder(float)
+    c.optim.eps = placeholder(float)
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: what is left
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    # logical axis -> mesh axis; "" keeps it whole
+    c.mesh.rules = ConfigDict(
+        dict(vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="")
+    )
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.keep = 2
+    c.checkpoint.restore_step = -1  # -1: the newest
+    c.checkpoint.allow_changed = ""  # what a resumed run may change: data,tokenizer,model,reference,layout,loss,seed,batch
+
+    c.sample = ConfigDict()
+    c.sample.num_prompts = 512
+    c.sample.max_new_tokens = 48
+    c.sample.batch_size = 128
+    c.sample.temperature = 1.0  # 0: greedy
+    c.sample.top_k = 0  # 0: off
+    c.sample.top_p = 1.0  # 1: off
+    c.sample.reward = "dpojax.data.world:true_reward"  # module:function; "": no win rate
+    return c
+
+
+def paper(c: ConfigDict) -> None:
+    """The hyper-parameters that Rafailov et al. 2023 share between their experiments (appendix B)."""
+    c.batch_size = 64
+    c.num_steps = 1450  # about one epoch of the 92,858 TL;DR comparisons
+    c.eval_every_steps = 312
+    c.checkpoint_every_steps = 312
+    c.data.max_prompt_tokens = 256
+    c.data.max_response_tokens = 256
+    c.data.micro_batch_tokens = 8192
+    c.data.eval_max_pairs = 0
+    c.data.workers = 4
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+    c.sft.num_steps = 0  # the policy starts from an SFT checkpoint
+    c.loss.beta = 0.1
+    c.optim.name = "rmsprop"
+    c.optim.learning_rate = 1e-6
+    c.optim.schedule = "constant"
+    c.optim.warmup_steps = 150
+    c.optim.clip_norm = 10.0
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.sample.num_prompts = 256
+    c.sample.max_new_tokens = 128
+    c.sample.reward = ""

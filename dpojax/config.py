@@ -1,0 +1,393 @@
+"""ConfigDict at the edge -> frozen dataclasses inside. Unknown, missing and mistyped keys raise.
+
+A config file is Python and is executed: run only files that you trust. A `.json` file holds the same
+keys as plain data and executes nothing. No hyper-parameter has a default here; configs/*.py define them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from dpojax.errors import ConfigError
+from dpojax.losses import objective_settings
+
+REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+SIZES = (
+    *REQUIRED_SIZES,
+    *("norm", "norm_eps", "mlp", "activation", "rope_theta", "tie_embeddings", "attention_bias", "mlp_bias"),
+    *("max_positions", "init_std"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where preferences come from, and how they become rows."""
+
+    train: str  # file, hub dataset, or "" for the embedded world
+    eval: str
+    shuffle: bool
+    flip_labels: float  # share of training pairs whose labels are swapped, for noise ablations
+    prompt_template: str  # with {prompt}; "" leaves prompts as they are
+    max_prompt_tokens: int  # BOS included; prompts are cut from the left
+    max_response_tokens: int  # EOS included; responses are cut from the right
+    layout: str  # auto, shared or separate
+    row_tokens: int  # 0 = derived from the data
+    micro_batch_tokens: int  # tokens of a micro-batch on each data shard
+    eval_max_pairs: int  # 0 = all
+    on_bad_line: str  # error or skip
+    max_bad_share: float  # with skip: more than this share of bad lines is an error after all
+    workers: int  # processes that tokenise and pack; 0 = threads of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """The policy: where it comes from and how it is computed; sizes for random weights only."""
+
+    init: str  # Hugging Face directory, dpojax checkpoint folder, or "" for random weights
+    dtype: str
+    param_dtype: str
+    attention: str
+    remat: str
+    logps_chunk_tokens: int
+    hidden_size: int | None
+    intermediate_size: int | None
+    num_layers: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    norm: str | None
+    norm_eps: float | None
+    mlp: str | None
+    activation: str | None
+    rope_theta: float | None
+    tie_embeddings: bool | None
+    attention_bias: bool | None
+    mlp_bias: bool | None
+    max_positions: int | None
+    init_std: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """The supervised stage before DPO; num_steps 0 skips it."""
+
+    num_steps: int
+    data: str  # "" = the chosen responses of data.train (the embedded world has demonstrations of its own)
+    batch_size: int  # prompts
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective and its settings; None = unset. One that the objective does not take is an error."""
+
+    name: str
+    beta: float | None
+    label_smoothing: float | None
+    average: bool | None
+    sft_weight: float | None
+    sft_normalize: str | None
+
+    def settings(self) -> dict[str, Any]:
+        """What `losses.make_loss` takes besides the name."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """Where the reference log-probs come from."""
+
+    mode: str  # live or cached
+    dtype: str  # of the live tree; "" = model.param_dtype
+    rules: dict[str, str]  # logical axis -> mesh axis, its own; empty = mesh.rules
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer; b1, b2 and eps None = as published (optim.PUBLISHED)."""
+
+    name: str
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float  # inf = no clipping
+    b1: float | None
+    b2: float | None
+    eps: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes (-1 = what is left), and which logical axis goes to which."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    rules: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept, and what a resumed run may change."""
+
+    keep: int
+    restore_step: int  # -1 = the newest
+    allow_changed: str  # comma-separated: data, tokenizer, model, reference, layout, loss, seed, batch
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Generations of policy and reference for the report."""
+
+    num_prompts: int  # 0 = none
+    max_new_tokens: int
+    batch_size: int
+    temperature: float  # 0 = greedy
+    top_k: int  # 0 = off
+    top_p: float  # 1 = off
+    reward: str  # module:function (prompts, responses) -> scores, for the win rate; "" = none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int
+    batch_size: int  # pairs per step
+    batch_groups: int  # groups per step, where the number of pairs per group varies; else 0
+    num_steps: int
+    log_every_steps: int
+    eval_every_steps: int
+    checkpoint_every_steps: int
+    tokenizer: str  # .model, tokenizer.json or its folder; "" = model.init's own, or the embedded world's
+    self_check: str  # auto, full or off
+    export: bool
+    data: DataConfig
+    model: ModelSection
+    sft: SftConfig
+    loss: LossConfig
+    reference: ReferenceConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    sample: SampleConfig
+
+
+def _convert(value, kind, field: str):
+    """`value` as `kind` (a dataclass, a plain type, `T | None` or dict[str, str]); ConfigError otherwise."""
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, field)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise ConfigError(f"{field} is {value!r}; it must map names to names")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{field} is {value!r}, of type {type(value).__name__}; it must be {kind.__name__}")
+    return value
+
+
+def _from_dict(cls, values: dict, prefix: str):
+    hints = typing.get_type_hints(cls)
+    dot = f"{prefix}." if prefix else ""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix} is {values!r}; it must be a section with the keys {', '.join(hints)}")
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{dot}{key} is not a setting; {prefix or 'the config'} has {', '.join(hints)}")
+    for key in hints:
+        if key not in values:
+            raise ConfigError(f"{dot}{key} is missing; every config names it")
+    return cls(**{key: _convert(values[key], kind, f"{dot}{key}") for key, kind in hints.items()})
+
+
+def _require(test: bool, field: str, value, must: str) -> None:
+    if not test:
+        raise ConfigError(f"{field} is {value!r}; it must be {must}")
+
+
+def _validate(config: Config) -> None:
+    """Everything that can be known before a device is touched."""
+    one_of = {
+        "data.layout": (config.data.layout, ("auto", "shared", "separate")),
+        "data.on_bad_line": (config.data.on_bad_line, ("error", "skip")),
+        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
+        "model.attention": (config.model.attention, ("auto", "xla", "full")),
+        "model.remat": (config.model.remat, ("none", "full", "dots")),
+        "reference.mode": (config.reference.mode, ("live", "cached")),
+        "reference.dtype": (config.reference.dtype, ("", "float32", "bfloat16")),
+        "optim.name": (config.optim.name, ("adamw", "rmsprop", "adafactor", "lion")),
+        "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
+        "sft.schedule": (config.sft.schedule, ("constant", "linear", "cosine")),
+        "self_check": (config.self_check, ("auto", "full", "off")),
+    }
+    for field, (value, allowed) in one_of.items():
+        _require(value in allowed, field, value, f"one of {', '.join(map(repr, allowed))}")
+    at_least = {
+        "seed": (config.seed, 0),
+        "batch_size": (config.batch_size, 1),
+        "batch_groups": (config.batch_groups, 0),
+        "num_steps": (config.num_steps, 1),
+        "log_every_steps": (config.log_every_steps, 1),
+        "eval_every_steps": (config.eval_every_steps, 1),
+        "checkpoint_every_steps": (config.checkpoint_every_steps, 1),
+        "data.max_prompt_tokens": (config.data.max_prompt_tokens, 2),
+        "data.max_response_tokens": (config.data.max_response_tokens, 1),
+        "data.row_tokens": (config.data.row_tokens, 0),
+        "data.micro_batch_tokens": (config.data.micro_batch_tokens, 1),
+        "data.eval_max_pairs": (config.data.eval_max_pairs, 0),
+        "data.workers": (config.data.workers, 0),
+        "model.logps_chunk_tokens": (config.model.logps_chunk_tokens, 1),
+        "sft.num_steps": (config.sft.num_steps, 0),
+        "sft.batch_size": (config.sft.batch_size, 1),
+        "sft.warmup_steps": (config.sft.warmup_steps, 0),
+        "optim.warmup_steps": (config.optim.warmup_steps, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "checkpoint.restore_step": (config.checkpoint.restore_step, -1),
+        "sample.num_prompts": (config.sample.num_prompts, 0),
+        "sample.max_new_tokens": (config.sample.max_new_tokens, 1),
+        "sample.batch_size": (config.sample.batch_size, 1),
+        "sample.top_k": (config.sample.top_k, 0),
+    }
+    for field, (value, least) in at_least.items():
+        _require(value >= least, field, value, f"at least {least}")
+    for field, rate in {"optim": config.optim.learning_rate, "sft": config.sft.learning_rate}.items():
+        _require(math.isfinite(rate) and rate > 0, f"{field}.learning_rate", rate, "a finite number > 0")
+    decay, clip = config.optim.weight_decay, config.optim.clip_norm
+    _require(math.isfinite(decay) and decay >= 0, "optim.weight_decay", decay, "a finite number >= 0")
+    _require(clip > 0, "optim.clip_norm", clip, "> 0 (inf for no clipping)")
+    _require(0 <= config.data.flip_labels <= 1, "data.flip_labels", config.data.flip_labels, "in [0, 1]")
+    _require(0 <= config.data.max_bad_share <= 1, "data.max_bad_share", config.data.max_bad_share, "in [0, 1]")
+    temperature, top_p = config.sample.temperature, config.sample.top_p
+    _require(math.isfinite(temperature) and temperature >= 0, "sample.temperature", temperature, "finite and >= 0")
+    _require(0 < top_p <= 1, "sample.top_p", top_p, "in (0, 1]")
+    if config.data.prompt_template:
+        try:
+            usable = "\0" in config.data.prompt_template.format(prompt="\0")
+        except (KeyError, IndexError, ValueError):
+            usable = False
+        must = "a template with {prompt} and no other field (double other braces)"
+        _require(usable, "data.prompt_template", config.data.prompt_template, must)
+    if not config.model.init:
+        for size in SIZES:
+            value = getattr(config.model, size)
+            _require(value is not None, f"model.{size}", value, "set, as model.init is '' (random weights)")
+    if config.data.train and not config.data.eval:
+        raise ConfigError("data.eval is '' while data.train is set; name a file of held-out pairs")
+    if not config.data.train and (config.tokenizer or config.model.init):
+        set_one = "tokenizer" if config.tokenizer else "model.init"
+        raise ConfigError(f"{set_one} is set but data.train is ''; the embedded world brings its own; set data.train")
+    try:
+        objective_settings(config.loss.name, config.loss.settings())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset[str] = frozenset()) -> Config:
+    """The run's frozen settings.
+
+    Args:
+      values: from a config file, command-line overrides applied.
+      overridden: dotted keys that the command line set: a size given together with model.init is an error.
+    Raises: ConfigError naming the key, its value and the fix.
+    """
+    tree = json.loads(values.to_json_best_effort()) if isinstance(values, ml_collections.ConfigDict) else values
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if isinstance(model, dict) and model.get("init"):
+        for size in SIZES:
+            if f"model.{size}" in overridden:
+                raise ConfigError(
+                    f"model.{size} is {model.get(size)!r} while model.init is {model['init']!r}, "
+                    "which defines it; drop one of the two"
+                )
+            model[size] = None
+    config = _from_dict(Config, tree, "")
+    _validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain data: what `config.json` holds, and what a later `--config=config.json` reads."""
+    return dataclasses.asdict(config)
+
+
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:argument]` (calls its get_config) or `FILE.json` -> ConfigDict.
+
+    Raises: ConfigError if the file does not exist, does not load, or refuses the argument.
+    """
+    path, _, argument = spec.partition(":")
+    file = pathlib.Path(path)
+    if "\0" in path or not file.is_file():
+        raise ConfigError(f"--config={spec!r}: there is no file {path!r}")
+    if file.suffix == ".json":
+        try:
+            return ml_collections.ConfigDict(json.loads(file.read_text()))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config={spec}: not a JSON object: {error}") from error
+    root = str(file.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)  # a config may start from a sibling: `from configs import tldr`
+    module_spec = importlib.util.spec_from_file_location(f"dpojax_config_{file.stem}", file)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"--config={spec}: not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's file raises is theirs to read
+        raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
+
+
+def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Sets `values.key` from the text of a command-line flag, read as the type that the key has.
+
+    Raises: ConfigError for an unknown key or text of another type.
+    """
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+            raise ConfigError(f"--config.{key}={text}: there is no section {part!r}")
+        node = node[part]
+    if not isinstance(node, ml_collections.ConfigDict) or last not in node:
+        known = ", ".join(node) if isinstance(node, ml_collections.ConfigDict) else "no keys"
+        raise ConfigError(f"--config.{key}={text}: there is no setting {last!r}; there is {known}")
+    old, kind = node[last], node.get_type(last)
+    if isinstance(old, ml_collections.ConfigDict):
+        raise ConfigError(f"--config.{key}={text}: it is a section; set one of {', '.join(old)}")
+    if text == "None" and old is None:
+        return
+    readers = {bool: _read_bool, int: int, float: float, str: str}
+    try:
+        value = readers[kind](text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"--config.{key}={text!r}: it must be of type {kind.__name__}") from error
+    with node.unlocked():
+        node[last] = value
+
+
+def _read_bool(text: str) -> bool:
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except KeyError as error:
+        raise ValueError(text) from error

@@ -1,0 +1,158 @@
+"""Every row's verdict and token lengths, computed once: what packing is planned from.
+
+Stored under a key made from the data's content, the tokenizer, the limits and the template, so that
+every process plans the same steps and tokenises only its own rows.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpojax.data.packing import TokenGroup
+from dpojax.data.records import Records
+from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
+from dpojax.data.triples import Dropped, Group, RowReader
+from dpojax.errors import DataError
+
+VERSION = 1  # raise it when a change of this package changes lengths or verdicts
+
+
+class Index(NamedTuple):
+    """The usable groups of a dataset, in file order; ragged fields are flat with offsets. n groups."""
+
+    rows: np.ndarray  # [n] source row
+    prompt_lengths: np.ndarray  # [n]
+    response_offsets: np.ndarray  # [n + 1] into response_lengths
+    response_lengths: np.ndarray
+    pair_offsets: np.ndarray  # [n + 1] into chosen and rejected
+    chosen: np.ndarray  # response number within its group
+    rejected: np.ndarray
+    counts: dict[str, int]  # rows, dropped/<reason>, cut/prompt, cut/response, bad_line
+
+    def responses(self, i: int) -> list[int]:
+        """|y_k| of group i."""
+        return self.response_lengths[self.response_offsets[i] : self.response_offsets[i + 1]].tolist()
+
+    def num_pairs(self, i: int) -> int:
+        """Pairs of group i."""
+        return int(self.pair_offsets[i + 1] - self.pair_offsets[i])
+
+    def totals(self) -> np.ndarray:
+        """[n] tokens of each group: |x| + |y_1| + ..."""
+        sums = np.add.reduceat(self.response_lengths, self.response_offsets[:-1]) if len(self.rows) else 0
+        return self.prompt_lengths + sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Records with the way to token groups; picklable, so that worker processes can hold it."""
+
+    records: Records
+    reader: RowReader
+    tokenizer: Tokenizer | None
+    limits: Limits
+    flip_labels: float = 0.0
+    seed: int = 0
+
+    def text_group(self, row: int) -> Group:
+        """The group of a source row, labels flipped where `flip_labels` says so."""
+        group = self.reader.read(self.records.get(row), self.records.where(row))
+        if self.flip_labels and np.random.Generator(np.random.Philox(key=[self.seed, row])).random() < self.flip_labels:
+            pairs = tuple(p._replace(chosen=p.rejected, rejected=p.chosen, margin=-p.margin) for p in group.pairs)
+            group = group._replace(pairs=pairs)
+        return group
+
+    def token_group(self, row: int) -> tuple[TokenGroup, Cut]:
+        """The token ids of a source row. Raises Dropped or DataError."""
+        group = self.text_group(row)
+        if isinstance(group.prompt, str) and self.tokenizer is None:
+            raise DataError(f"{self.records.where(row)}: the rows are text; set tokenizer")
+        return tokenize(group, self.tokenizer, self.limits, row)
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes a token or a label."""
+        parts: list[Any] = [VERSION, self.records.fingerprint, self.tokenizer and self.tokenizer.fingerprint]
+        parts += [list(self.limits), self.reader.prompt_template, self.reader.responses_only]
+        parts += [self.flip_labels, self.seed if self.flip_labels else 0]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progress) -> tuple[Index, list[str]]:
+    """Reads and tokenises every row once.
+
+    Args:
+      on_bad_line: "error" raises at the first row that cannot be read; "skip" counts up to `max_bad_share`.
+      progress: called with the number of rows read so far.
+    Returns: the index, and a message for each skipped row.
+    Raises: DataError as above, and if no usable row is left.
+    """
+    counts: collections.Counter = collections.Counter(rows=data.records.size)
+    rows, prompts, responses, chosen, rejected = [], [], [], [], []
+    response_offsets, pair_offsets, bad = [0], [0], []
+    for row in range(data.records.size):
+        progress(row)
+        try:
+            group, cut = data.token_group(row)
+        except Dropped as verdict:
+            counts[f"dropped/{verdict.reason}"] += 1
+            continue
+        except DataError as error:
+            if on_bad_line == "error":
+                raise
+            bad.append(str(error))
+            if len(bad) > max_bad_share * data.records.size:
+                raise DataError(
+                    f"{error} (bad line {len(bad)} of {data.records.size} rows, more than data.max_bad_share={max_bad_share})"
+                ) from error
+            continue
+        counts["cut/prompt"] += cut.prompt > 0
+        counts["cut/response"] += any(cut.responses)
+        rows.append(row)
+        prompts.append(len(group.prompt))
+        responses.extend(map(len, group.responses))
+        response_offsets.append(len(responses))
+        chosen.extend(p.chosen for p in group.pairs)
+        rejected.extend(p.rejected for p in group.pairs)
+        pair_offsets.append(len(chosen))
+    counts["bad_line"] = len(bad)
+    if not rows:
+        dropped = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
+        raise DataError(f"{data.records.name}: none of its {data.records.size} rows is usable ({dropped or 'bad lines'})")
+    arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected)
+    return Index(*(np.asarray(a, np.int64) for a in arrays), dict(counts)), bad
+
+
+def load_or_build_index(
+    data: Dataset, folder: pathlib.Path, *, on_bad_line: str, max_bad_share: float, write: bool, progress
+) -> Index:
+    """The index from `folder`, or a new one stored there.
+
+    Args:
+      write: whether this process stores it (one of them does), and the messages of skipped rows beside it.
+      progress: called with the number of rows read so far.
+    """
+    path = folder / f"index-{data.fingerprint()}.npz"
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = [file[name] for name in Index._fields[:-1]]
+                return Index(*arrays, json.loads(str(file["counts"])))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # a damaged cache is made anew
+    index, bad = build_index(data, on_bad_line=on_bad_line, max_bad_share=max_bad_share, progress=progress)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        arrays = {name: getattr(index, name) for name in Index._fields[:-1]}
+        np.savez(temporary, **arrays, counts=json.dumps(index.counts))
+        temporary.replace(path)
+        if bad:
+            (folder / f"quarantine-{data.fingerprint()}.txt").write_text("\n".join(bad) + "\n")
+    return index

@@ -1,0 +1,319 @@
+"""Token groups -> PackedBatch: prefix-shared rows with static shapes; and the attention rule.
+
+A row holds groups one after another, each `[x | y_1 | y_2 | ... | y_K]`: the prompt once, then its
+responses. K = 2 is the DPO triple. Packing is a pure function of one step's groups.
+
+Legend: M micro-batches of a step, A data shards, R rows of a micro-batch over all shards, L row length,
+T scored tokens, S responses and P pairs of one shard's micro-batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def visible(query, key, query_group, key_group, query_branch, key_branch):
+    """The one attention rule: may the query at row index `query` see the key at row index `key`?
+
+    A key is visible iff it is not later, it belongs to the same group (0 is padding), and it is in the
+    group's prompt (branch 0) or in the query's own response. Arguments broadcast against each other.
+    """
+    same_group = (key_group == query_group) & (query_group != 0)
+    return (key <= query) & same_group & ((key_branch == 0) | (key_branch == query_branch))
+
+
+class TokenPair(NamedTuple):
+    """A preference between two responses of one group, by their positions in it."""
+
+    chosen: int
+    rejected: int
+    weight: float
+    soft_label: float  # probability that `chosen` is the better one
+    margin: float  # score of chosen minus score of rejected; 0 where there is no score
+
+
+class TokenGroup(NamedTuple):
+    """One prompt with its responses as token ids, ready to be packed."""
+
+    prompt: np.ndarray  # [|x|], at least one token
+    responses: tuple[np.ndarray, ...]  # [|y_k|] each, at least one token
+    pairs: tuple[TokenPair, ...]
+    row: int  # of the source, to name it later
+    ref_logps: tuple[np.ndarray, ...] | None = None  # [|y_k|] each, nats: the cached reference
+
+
+class PackedBatch(NamedTuple):
+    """One optimizer step's groups in prefix-shared rows, cut into micro-batches of one static shape.
+
+    Indices stay inside a data shard: shard a owns rows [a R/A, (a+1) R/A) of every micro-batch.
+    """
+
+    tokens: Int[Array, "M R L"]
+    positions: Int[Array, "M R L"]  # each response restarts at |x|
+    group: Int[Array, "M R L"]  # counted from 1 in each row; 0 = padding
+    branch: Int[Array, "M R L"]  # 0 = prompt, k = the k-th response
+    # scored tokens, first in, no gaps; `weight` is 0 at padding
+    predictor: Int[Array, "M A T"]  # index into the shard's R/A * L tokens of the token that predicts this one
+    target: Int[Array, "M A T"]
+    slot: Int[Array, "M A T"]  # the response that it belongs to, < S
+    weight: Float[Array, "M A T"]
+    ref_logps: Float[Array, "M A T"] | None  # cached log ref(target | prefix), nats
+    # pairs; `valid` is False at padding
+    chosen: Int[Array, "M A P"]  # response slot
+    rejected: Int[Array, "M A P"]
+    pair_weight: Float[Array, "M A P"]
+    soft_label: Float[Array, "M A P"]
+    margin: Float[Array, "M A P"]
+    row_id: Int[Array, "M A P"]  # row of the source, -1 at padding
+    valid: Bool[Array, "M A P"]
+    lengths: Int[Array, "M A S"]  # scored tokens of each response slot
+    # of the whole step, from the host's plan: the same on every process
+    num_micro: Int[Array, ""]  # micro-batches in use, <= M
+    num_scored: Int[Array, " M"]  # most scored tokens of any shard
+    num_pairs: Int[Array, ""]
+    num_chosen_tokens: Int[Array, ""]  # sum of |y_w| over the step's pairs
+    num_response_tokens: Int[Array, ""]  # sum of |y| over the step's responses
+    num_tokens: Int[Array, ""]  # sum of |x| + |y_1| + ... over the step's groups
+
+
+@dataclasses.dataclass(frozen=True)
+class PackShape:
+    """The static shape of a PackedBatch."""
+
+    layout: str  # "shared" or "separate"
+    num_micro: int  # M
+    shard_rows: int  # R / A
+    num_shards: int  # A
+    row_tokens: int  # L
+    num_slots: int  # S
+    num_pairs: int  # P
+    span: int  # tokens of the longest segment that shares a row's attention
+
+
+class Segment(NamedTuple):
+    """Part of a row: one group of the step (by position) with some of its responses."""
+
+    group: int
+    branches: tuple[int, ...]
+
+
+class StepPlan(NamedTuple):
+    """Where each group of a step goes: the rows of each (micro-batch, shard) cell."""
+
+    cells: list[list[list[list[Segment]]]]  # [micro][shard][row] -> segments
+    rows_used: int
+    ideal_tokens: int
+
+
+def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: longest first, each into the fullest row that still holds it."""
+    rows: list[list[int]] = []
+    room = np.empty(len(lengths), np.int64)
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        left = room[: len(rows)] - lengths[item]
+        fits = np.flatnonzero(left >= 0)
+        if fits.size:
+            row = int(fits[np.argmin(left[fits])])
+            rows[row].append(item)
+        else:
+            row = len(rows)
+            rows.append([item])
+            room[row] = capacity
+        room[row] -= lengths[item]
+    return rows
+
+
+def plan_step(prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], shape: PackShape) -> StepPlan:
+    """Assigns a step's groups to rows and cells, from lengths alone: every process finds the same plan.
+
+    Args:
+      prompt_lengths: |x| of each group.
+      response_lengths: |y_k| of each group.
+      shape: what the plan must fit.
+    Raises: ValueError if a group is longer than a row, or the step needs more than M micro-batches.
+    """
+    totals = [x + sum(ys) for x, ys in zip(prompt_lengths, response_lengths, strict=True)]
+    if shape.layout == "shared":
+        longest = max(totals)
+        # A unit is a list of rows that must share a cell, so that a pair is never torn apart.
+        units = [
+            [[Segment(g, tuple(range(len(response_lengths[g])))) for g in row]]
+            for row in (_best_fit(totals, shape.row_tokens) if longest <= shape.row_tokens else [])
+        ]
+    else:
+        longest = max(x + max(ys) for x, ys in zip(prompt_lengths, response_lengths, strict=True))
+        units = [[[Segment(g, (k,))] for k in range(len(ys))] for g, ys in enumerate(response_lengths)]
+    if longest > shape.row_tokens:
+        raise ValueError(f"a group of {longest} tokens does not fit a row of {shape.row_tokens}")
+    cells: list[list[list[Segment]]] = [[]]
+    for unit in units:
+        if len(cells[-1]) + len(unit) > shape.shard_rows:
+            cells.append([])
+        cells[-1].extend(unit)
+    if len(cells) > shape.num_micro * shape.num_shards:
+        raise ValueError(f"{len(cells)} cells of rows do not fit {shape.num_micro} x {shape.num_shards}")
+    cells += [[] for _ in range(-len(cells) % shape.num_shards)]
+    micro = [cells[i : i + shape.num_shards] for i in range(0, len(cells), shape.num_shards)]
+    return StepPlan(micro, sum(len(unit) for unit in units), sum(totals))
+
+
+def step_shape(
+    *,
+    layout: str,
+    row_tokens: int,
+    shard_rows: int,
+    num_shards: int,
+    num_groups: int,
+    max_responses: int,
+    max_pairs: int,
+    longest: Sequence[int],
+) -> PackShape:
+    """The smallest static shape that holds every possible step of `num_groups` groups.
+
+    Args:
+      max_responses, max_pairs: of one group.
+      longest: total tokens of the longest groups of the data, longest first (num_groups of them are used).
+    """
+    if layout == "shared":
+        # Best fit leaves no two rows that would fit one: it opens fewer than 2 total / L + 1.
+        rows = min(num_groups, 2 * sum(longest[:num_groups]) // row_tokens + 1)
+        cells = -(-rows // shard_rows)
+    else:
+        shard_rows = -(-shard_rows // max_responses) * max_responses
+        cells = -(-num_groups // (shard_rows // max_responses))
+    return PackShape(
+        layout=layout,
+        num_micro=-(-cells // num_shards),
+        shard_rows=shard_rows,
+        num_shards=num_shards,
+        row_tokens=row_tokens,
+        num_slots=num_groups * max_responses,
+        num_pairs=max(1, num_groups * max_pairs),
+        span=min(longest[0], row_tokens) if len(longest) else row_tokens,
+    )
+
+
+def pack_step(
+    plan: StepPlan,
+    shape: PackShape,
+    get_group: Callable[[int], TokenGroup],
+    *,
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    pairs: Sequence[Sequence[TokenPair]],
+    shards: Sequence[int],
+    pad_id: int,
+    with_ref: bool,
+) -> PackedBatch:
+    """Fills a plan with tokens. Only the groups of `shards` are asked for; shard axes have len(shards).
+
+    Args:
+      plan, shape: from `plan_step` and `step_shape`.
+      get_group: position in the step -> its tokens.
+      prompt_lengths, response_lengths, pairs: of every group of the step, for the denominators.
+      shards: the data shards that this process holds.
+      pad_id: token at padding; never seen by any other token.
+      with_ref: fill `ref_logps` from the groups.
+    """
+    m, a, rows, length = shape.num_micro, len(shards), shape.shard_rows, shape.row_tokens
+    token_arrays = {k: np.zeros((m, a, rows, length), np.int32) for k in ("tokens", "positions", "group", "branch")}
+    token_arrays["tokens"] += pad_id
+    scored_size = rows * length
+    scored = {k: np.zeros((m, a, scored_size), np.int32) for k in ("predictor", "target", "slot")}
+    scored |= {k: np.zeros((m, a, scored_size), np.float32) for k in ("weight", "ref_logps")}
+    pair = {k: np.zeros((m, a, shape.num_pairs), np.int32) for k in ("chosen", "rejected", "row_id")}
+    pair |= {k: np.zeros((m, a, shape.num_pairs), np.float32) for k in ("pair_weight", "soft_label", "margin")}
+    pair["valid"] = np.zeros((m, a, shape.num_pairs), bool)
+    pair["row_id"] -= 1
+    lengths = np.zeros((m, a, shape.num_slots), np.int32)
+    num_scored = np.zeros(m, np.int32)
+
+    for i, cells in enumerate(plan.cells):
+        for cell in cells:
+            count = sum(response_lengths[s.group][k] for row in cell for s in row for k in s.branches)
+            num_scored[i] = max(num_scored[i], count)
+        for j, shard in enumerate(shards):
+            cell_tokens = {name: array[i, j] for name, array in token_arrays.items()}
+            cell_scored = {name: array[i, j] for name, array in scored.items()}
+            slots = _fill_rows(cells[shard], get_group, cell_tokens, cell_scored, lengths[i, j], with_ref)
+            _fill_pairs(slots, get_group, {name: array[i, j] for name, array in pair.items()})
+
+    chosen_tokens = sum(response_lengths[g][p.chosen] for g, ps in enumerate(pairs) for p in ps)
+    responses = sum(map(sum, response_lengths))
+    merged = {k: v.reshape(m, a * rows, length) for k, v in token_arrays.items()}
+    ref_logps = scored.pop("ref_logps")
+    return PackedBatch(
+        **merged,
+        **scored,
+        ref_logps=ref_logps if with_ref else None,
+        **pair,
+        lengths=lengths,
+        num_micro=np.int32(len(plan.cells)),
+        num_scored=num_scored,
+        num_pairs=np.int32(sum(map(len, pairs))),
+        num_chosen_tokens=np.int32(chosen_tokens),
+        num_response_tokens=np.int32(responses),
+        num_tokens=np.int32(sum(prompt_lengths) + responses),
+    )  # pyright: ignore[reportArgumentType]  # numpy arrays until they are put on the devices
+
+
+def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple[int, int], int]:
+    """Writes one cell's rows. Returns the response slot of each (group, branch)."""
+    slots: dict[tuple[int, int], int] = {}
+    end = 0  # of the scored tokens
+    for r, row in enumerate(cell):
+        column = 0
+        for number, segment in enumerate(row, 1):
+            group = get_group(segment.group)
+            size = len(group.prompt)
+            last_prompt = r * tokens["tokens"].shape[1] + column + size - 1
+            pieces = [(0, group.prompt)] + [(k + 1, group.responses[k]) for k in segment.branches]
+            for branch, ids in pieces:
+                place = (r, slice(column, column + len(ids)))
+                tokens["tokens"][place] = ids
+                tokens["positions"][place] = np.arange(len(ids)) + (size if branch else 0)
+                tokens["group"][place] = number
+                tokens["branch"][place] = branch
+                if branch:
+                    slot = slots[segment.group, branch - 1] = len(slots)
+                    lengths[slot] = len(ids)
+                    here = slice(end, end + len(ids))
+                    end += len(ids)
+                    # The first response token is predicted at the last prompt token, in every branch.
+                    first = r * tokens["tokens"].shape[1] + column
+                    scored["predictor"][here] = np.arange(first - 1, first + len(ids) - 1)
+                    scored["predictor"][here.start] = last_prompt
+                    scored["target"][here] = ids
+                    scored["slot"][here] = slot
+                    scored["weight"][here] = 1.0
+                    if with_ref:
+                        assert group.ref_logps is not None
+                        scored["ref_logps"][here] = group.ref_logps[branch - 1]
+                column += len(ids)
+    return slots
+
+
+def _fill_pairs(slots, get_group, pair) -> None:
+    """Writes the pairs of the groups whose responses `slots` holds."""
+    n = 0
+    for g in dict.fromkeys(g for g, _ in slots):
+        group = get_group(g)
+        for p in group.pairs:
+            pair["chosen"][n] = slots[g, p.chosen]
+            pair["rejected"][n] = slots[g, p.rejected]
+            pair["pair_weight"][n] = p.weight
+            pair["soft_label"][n] = p.soft_label
+            pair["margin"][n] = p.margin
+            pair["row_id"][n] = group.row
+            pair["valid"][n] = True
+            n += 1
+
+
+def waste(plan: StepPlan, shape: PackShape) -> tuple[float, float]:
+    """(packing, rounding): tokens of the used rows over the ideal; tokens of all rows over the used."""
+    used = plan.rows_used * shape.row_tokens
+    computed = len(plan.cells) * shape.num_shards * shape.shard_rows * shape.row_tokens
+    return used / plan.ideal_tokens, computed / used

@@ -1,0 +1,206 @@
+"""Dataset -> a stream of PackedBatches: the order of the data is a pure function of (seed, step).
+
+grain's MapDataset does shuffle -> repeat -> batch -> pack by random access, so that step i can be
+made without the steps before it: resuming is starting at another index, on any number of hosts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from dpojax.data.index import Dataset, Index
+from dpojax.data.packing import (
+    PackedBatch,
+    PackShape,
+    TokenGroup,
+    TokenPair,
+    pack_step,
+    plan_step,
+    step_shape,
+    waste,
+)
+from dpojax.errors import ConfigError, DataError
+
+RefLookup = Callable[[int, Sequence[int]], tuple[np.ndarray, ...]]  # (source row, |y_k|) -> cached token log-probs
+
+
+@dataclasses.dataclass(frozen=True)
+class PackGroups:
+    """Positions of groups in the index -> one step's PackedBatch and its waste. Picklable."""
+
+    data: Dataset
+    index: Index
+    shape: PackShape
+    shards: tuple[int, ...]
+    pad_id: int
+    ref_lookup: RefLookup | None = None
+
+    def __call__(self, positions: Sequence[int]) -> tuple[PackedBatch, tuple[float, float]]:
+        index = self.index
+        prompts = [int(index.prompt_lengths[i]) for i in positions]
+        responses = [index.responses(i) for i in positions]
+        plan = plan_step(prompts, responses, self.shape)
+        cache: dict[int, TokenGroup] = {}
+
+        def get_group(g: int) -> TokenGroup:
+            if g not in cache:
+                cache[g] = self.token_group(positions[g])
+            return cache[g]
+
+        batch = pack_step(
+            plan,
+            self.shape,
+            get_group,
+            prompt_lengths=prompts,
+            response_lengths=responses,
+            pairs=[self.pairs(i) for i in positions],
+            shards=self.shards,
+            pad_id=self.pad_id,
+            with_ref=self.ref_lookup is not None,
+        )
+        return batch, waste(plan, self.shape)
+
+    def pairs(self, i: int) -> list[TokenPair]:
+        """The pairs of group i as the index knows them."""
+        own = slice(self.index.pair_offsets[i], self.index.pair_offsets[i + 1])
+        both = zip(self.index.chosen[own].tolist(), self.index.rejected[own].tolist(), strict=True)
+        return [TokenPair(w, l, 1.0, 1.0, 0.0) for w, l in both]
+
+    def token_group(self, i: int) -> TokenGroup:
+        """The tokens of group i; DataError if the file changed since it was indexed."""
+        row = int(self.index.rows[i])
+        group, _ = self.data.token_group(row)
+        if [len(r) for r in group.responses] != self.index.responses(i):
+            raise DataError(f"{self.data.records.where(row)}: the row changed since it was indexed; start again")
+        if self.ref_lookup is not None:
+            group = group._replace(ref_logps=self.ref_lookup(row, self.index.responses(i)))
+        return group
+
+
+def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:
+    """How many groups make a step of `batch_size` pairs.
+
+    Raises: ConfigError if batch_size does not fit the pairs per group, or that number varies and
+      batch_groups is not set.
+    """
+    counts = np.diff(index.pair_offsets)
+    if counts.min() != counts.max():
+        if not batch_groups:
+            raise ConfigError(
+                f"batch_size={batch_size}: groups hold {counts.min()} to {counts.max()} pairs; set batch_groups to the "
+                "number of whole groups per step (the mean is over the pairs that they hold)"
+            )
+        return batch_groups
+    if batch_groups:
+        raise ConfigError(f"batch_groups={batch_groups}: every group holds {counts.min()} pairs; set batch_size alone")
+    per_group = max(1, int(counts.min()))
+    if batch_size % per_group:
+        fixed = -(-batch_size // per_group) * per_group
+        raise ConfigError(f"batch_size={batch_size}: it must be a multiple of the {per_group} pairs per group, e.g. {fixed}")
+    return batch_size // per_group
+
+
+def choose_row_tokens(
+    totals: Sequence[np.ndarray], *, num_groups: int, num_shards: int, micro_batch_tokens: int, row_tokens: int
+) -> tuple[int, int]:
+    """(row length, rows of a shard's micro-batch) with the least computed tokens on sampled steps.
+
+    Args:
+      totals: tokens of every group, of each dataset; the first one is sampled, all must fit.
+      num_groups: groups of a step.
+      micro_batch_tokens: most tokens of a micro-batch on a data shard (one row at least).
+      row_tokens: 0 = any multiple of 128 that holds the longest group; else taken as it is.
+    Raises: ConfigError if row_tokens is shorter than the longest group.
+    """
+    longest = int(max(t.max() for t in totals))
+    if row_tokens and row_tokens < longest:
+        raise ConfigError(f"data.row_tokens={row_tokens}: the longest group has {longest} tokens; raise it or lower the limits")
+    first = -(-longest // 128) * 128
+    candidates = [row_tokens] if row_tokens else range(first, max(first, min(2048, micro_batch_tokens)) + 1, 128)
+    rng = np.random.default_rng(0)
+    steps = [rng.choice(totals[0], min(num_groups, len(totals[0])), replace=False) for _ in range(12)]
+    best = None
+    for length in candidates:
+        rows_used = [_count_rows(step, length) for step in steps]
+        for rows in range(1, max(1, micro_batch_tokens // length) + 1):
+            micro = [-(-used // (num_shards * rows)) for used in rows_used]
+            # A micro-batch costs about 128 tokens on top (adding up its gradient).
+            cost = sum(m * (num_shards * rows * length + 128) for m in micro)
+            if best is None or cost < best[0]:
+                best = (cost, length, rows)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _count_rows(totals: np.ndarray, capacity: int) -> int:
+    shape = PackShape("shared", len(totals), 1, 1, capacity, 0, 0, 0)
+    return plan_step([int(t) - 1 for t in totals], [[1]] * len(totals), shape).rows_used
+
+
+def make_shape(
+    indexes: Sequence[Index],
+    *,
+    layout: str,
+    num_groups: int,
+    num_shards: int,
+    micro_batch_tokens: int,
+    row_tokens: int,
+) -> PackShape:
+    """One static shape for the steps of every dataset in `indexes` (training first, then evaluation)."""
+    layout = "shared" if layout == "auto" else layout
+    responses = [np.diff(i.response_offsets) for i in indexes]
+    if layout == "shared":
+        totals = [i.totals() for i in indexes]
+    else:
+        longest = [np.maximum.reduceat(i.response_lengths, i.response_offsets[:-1]) for i in indexes]
+        totals = [i.prompt_lengths + m for i, m in zip(indexes, longest, strict=True)]
+    length, rows = choose_row_tokens(
+        totals,
+        num_groups=num_groups,
+        num_shards=num_shards,
+        micro_batch_tokens=micro_batch_tokens,
+        row_tokens=row_tokens,
+    )
+    if layout == "separate":
+        rows = max(1, micro_batch_tokens // length)
+    return step_shape(
+        layout=layout,
+        row_tokens=length,
+        shard_rows=rows,
+        num_shards=num_shards,
+        num_groups=num_groups,
+        max_responses=max(int(r.max()) for r in responses),
+        max_pairs=max(int(np.diff(i.pair_offsets).max()) for i in indexes),
+        longest=np.sort(np.concatenate(totals))[::-1].tolist(),
+    )
+
+
+def step_positions(index: Index, *, num_groups: int, seed: int, shuffle: bool) -> grain.MapDataset:
+    """Step -> the positions of its groups: a fresh shuffle every epoch, a pure function of (seed, step)."""
+    source = grain.MapDataset.range(len(index.rows)).seed(seed)
+    if shuffle:
+        source = source.shuffle()
+    return source.repeat().batch(num_groups, batch_fn=list)
+
+
+def train_batches(
+    pack: PackGroups, *, num_groups: int, seed: int, shuffle: bool, start: int, stop: int, workers: int
+) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
+    """The batches of steps [start, stop), prefetched by threads or by worker processes, in order."""
+    steps = step_positions(pack.index, num_groups=num_groups, seed=seed, shuffle=shuffle)[start:stop].map(pack)
+    options = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=4)
+    stream = steps.to_iter_dataset(options)
+    if workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(stream)
+
+
+def eval_batches(pack: PackGroups, *, num_groups: int, max_pairs: int) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
+    """Every group once, in file order, until `max_pairs` (0 = all) pairs are reached; the last batch may be short."""
+    count = len(pack.index.rows)
+    if max_pairs:
+        count = min(count, int(np.searchsorted(pack.index.pair_offsets, max_pairs, side="left")))
+    steps = grain.MapDataset.range(count).batch(num_groups, batch_fn=list, drop_remainder=False).map(pack)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

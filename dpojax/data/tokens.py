@@ -1,0 +1,278 @@
+"""Group -> TokenGroup: token ids with BOS, EOS and truncation. Text ends here.
+
+BOS stands once, at the start of the prompt; EOS ends every response that was not cut. A response is
+encoded as the continuation of its prompt: no dummy prefix, no BOS. Limits count BOS and EOS.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from dpojax.data.packing import TokenGroup
+from dpojax.data.triples import Dropped, Group
+from dpojax.errors import ConfigError
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `encode_*` add no special token."""
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    fingerprint: str
+
+    def encode_prompt(self, text: str) -> list[int]: ...  # noqa: D102
+    def encode_continuation(self, text: str) -> list[int]: ...  # noqa: D102
+    def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
+    def piece(self, token: int) -> str: ...  # noqa: D102
+    def save(self, folder: pathlib.Path) -> None: ...  # noqa: D102
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model`."""
+
+    def __init__(self, model: bytes, name: str):
+        self.model, self.name = model, name
+        self._load()
+
+    def _load(self):
+        # Two processors: a prompt gets the model's dummy prefix, a continuation does not.
+        spec = sentencepiece_model_pb2.ModelProto()
+        try:
+            self._prompt = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+            spec.ParseFromString(self.model)
+        except Exception as error:  # RuntimeError from C++, DecodeError from protobuf
+            raise ConfigError(f"tokenizer {self.name}: not a sentencepiece model ({error})") from error
+        spec.normalizer_spec.add_dummy_prefix = False
+        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+        bos, eos, pad = self._prompt.bos_id(), self._prompt.eos_id(), self._prompt.pad_id()
+        if eos < 0:
+            raise ConfigError(f"tokenizer {self.name}: it has no EOS piece; responses could not end")
+        self.bos_id, self.eos_id = (bos if bos >= 0 else None), eos
+        self.pad_id = pad if pad >= 0 else eos
+        self.vocab_size = self._prompt.vocab_size()
+        self.fingerprint = hashlib.sha256(self.model).hexdigest()
+        # Models that squeeze white space would also strip the space that a continuation starts with.
+        self._squeezes = self._continuation.encode(" a") == self._continuation.encode("a")
+
+    def __getstate__(self):
+        return {"model": self.model, "name": self.name}
+
+    def __setstate__(self, state):
+        self.__init__(state["model"], state["name"])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._prompt.encode(text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        if self._squeezes and text[:1].isspace():
+            return self._prompt.encode(text)
+        return self._continuation.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._prompt.decode([int(i) for i in ids])
+
+    def piece(self, token: int) -> str:
+        return self._prompt.id_to_piece(int(token))
+
+    def save(self, folder: pathlib.Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self.model)
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json`, with BOS and EOS from the files beside it."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._load()
+
+    def _load(self):
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            spec = json.loads(text)
+            self._prompt = tokenizers.Tokenizer.from_str(text)
+            self._continuation = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ConfigError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
+        for tokenizer in (self._prompt, self._continuation):
+            # Text that spells a special token is text: data cannot forge an end of response.
+            tokenizer.encode_special_tokens = True
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
+        names = _special_names(self.path.parent)
+        self.bos_id = self._id(names.get("bos_token"))
+        eos = self._id(names.get("eos_token"))
+        if eos is None:
+            known = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+            eos = next((i for i in map(self._id, known) if i is not None), None)
+        if eos is None:
+            raise ConfigError(f"tokenizer {self.path}: no EOS token; name eos_token in tokenizer_config.json beside it")
+        self.eos_id = eos
+        pad = self._id(names.get("pad_token"))
+        self.pad_id = eos if pad is None else pad
+        self.fingerprint = hashlib.sha256(text.encode() + repr((self.bos_id, self.eos_id)).encode()).hexdigest()
+
+    def _id(self, name: str | None) -> int | None:
+        return None if name is None else self._prompt.token_to_id(name)
+
+    def __getstate__(self):
+        return {"path": self.path}
+
+    def __setstate__(self, state):
+        self.__init__(state["path"])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._prompt.encode(text, add_special_tokens=False).ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._continuation.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._prompt.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        return self._prompt.id_to_token(int(token)) or f"<{token}>"
+
+    def save(self, folder: pathlib.Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (self.path.parent / name).is_file():
+                shutil.copyfile(self.path.parent / name, folder / name)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def _without_prefix(spec: dict) -> dict:
+    """The tokenizer.json `spec` changed so that nothing is put before the text.
+
+    One that splits at white space and then marks every word has no way to write a continuation that is
+    glued to the word before it; it stays as it is.
+    """
+    if '"WhitespaceSplit"' in json.dumps(spec.get("pre_tokenizer")):
+        return spec
+
+    def strip(node):
+        if not isinstance(node, dict):
+            return node
+        for key in ("normalizers", "pretokenizers"):
+            if key in node:
+                node[key] = [strip(n) for n in node[key] if n.get("type") != "Prepend"]
+        if node.get("type") == "Prepend":
+            return None
+        if node.get("type") == "Metaspace":
+            node["prepend_scheme"] = "never"
+            node.pop("add_prefix_space", None)
+        if node.get("type") == "ByteLevel":
+            node["add_prefix_space"] = False
+        return node
+
+    return {**spec, "normalizer": strip(spec.get("normalizer")), "pre_tokenizer": strip(spec.get("pre_tokenizer"))}
+
+
+def _special_names(folder: pathlib.Path) -> dict[str, str]:
+    """bos_token, eos_token and pad_token from the files that Hugging Face keeps beside tokenizer.json."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            try:
+                values = json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"tokenizer: {folder / file} is not JSON: {error}") from error
+            for key in ("bos_token", "eos_token", "pad_token"):
+                value = values.get(key)
+                value = value.get("content") if isinstance(value, dict) else value
+                if isinstance(value, str):
+                    names[key] = value
+    return names
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Opens a `.model` or `tokenizer.json` file, or a folder that holds one.
+
+    Raises: ConfigError if there is none, it is damaged, or it has no EOS.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        found = [file / n for n in ("tokenizer.json", "tokenizer.model", "spiece.model") if (file / n).is_file()]
+        if not found:
+            raise ConfigError(f"tokenizer {path!r}: the folder holds neither tokenizer.json nor tokenizer.model")
+        file = found[0]
+    if not file.is_file():
+        raise ConfigError(f"tokenizer {path!r}: there is no such file or folder")
+    if file.suffix == ".json":
+        return JsonTokenizer(file)
+    model = file.read_bytes()
+    if not model:
+        raise ConfigError(f"tokenizer {path!r}: the file is empty")
+    return SentencePieceTokenizer(model, file.name)
+
+
+class Limits(NamedTuple):
+    """The longest prompt (BOS included) and response (EOS included), in tokens."""
+
+    prompt: int
+    response: int
+
+
+class Cut(NamedTuple):
+    """What truncation took from a group, in tokens."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+
+def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
+    """The prompt's ids and how many were cut: from the left, BOS kept."""
+    bos = tokenizer.bos_id if tokenizer else None
+    if isinstance(prompt, str):
+        assert tokenizer is not None
+        ids = ([] if bos is None else [bos]) + tokenizer.encode_prompt(prompt)
+    else:
+        ids = list(prompt)
+    cut = max(0, len(ids) - limit)
+    if cut:
+        ids = [bos, *ids[cut + 1 :]] if bos is not None and ids[0] == bos else ids[cut:]
+    return ids, cut
+
+
+def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
+    """The response's ids, EOS at the end unless it was cut, and how many were cut: from the right."""
+    if isinstance(response, str):
+        assert tokenizer is not None
+        ids = [*tokenizer.encode_continuation(response), tokenizer.eos_id]
+    else:
+        ids = list(response)
+    return ids[:limit], max(0, len(ids) - limit)
+
+
+def tokenize(group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int) -> tuple[TokenGroup, Cut]:
+    """Token ids of a group.
+
+    Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from.
+    """
+    prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt)
+    responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
+    if not prompt:
+        raise Dropped("empty_prompt")
+    if not all(responses):
+        raise Dropped("empty_response")
+    if any(responses[p.chosen] == responses[p.rejected] for p in group.pairs):
+        raise Dropped("identical")
+    arrays = tuple(np.asarray(r, np.int32) for r in responses)
+    return TokenGroup(np.asarray(prompt, np.int32), arrays, group.pairs, row), Cut(prompt_cut, cuts)

@@ -1,0 +1,228 @@
+"""Rows -> Group(prompt, responses, pairs): every quirk of a dataset ends here.
+
+Shapes of rows, told apart by their columns:
+
+  explicit     prompt, chosen, rejected                       strings
+  transcripts  chosen, rejected                               whole "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
+  messages     chosen, rejected [, prompt]                    lists of {role, content}
+  ranked       prompt, responses, scores | ranks              K responses; pairs of every two that differ
+  token ids    prompt_ids, chosen_ids, rejected_ids           used as they are
+  completion   prompt, completion | response | completions    no pair: for the SFT stage; completions is a list
+
+Optional with a pair: weight, soft_label, and score_chosen with score_rejected (or margin).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dpojax.data.packing import TokenPair
+from dpojax.data.records import Row
+from dpojax.errors import ConfigError, DataError
+
+# Reasons to drop a pair; each is counted, and the audit shows examples.
+DROPPED = {
+    "empty_prompt": "the prompt is empty",
+    "empty_response": "a response is empty or only white space",
+    "identical": "chosen and rejected are the same",
+    "prompt_mismatch": "chosen and rejected answer different prompts",
+    "role_order": "a dialogue does not end in an assistant's answer to somebody",
+    "no_preference": "no two responses have different scores",
+}
+
+
+class Dropped(Exception):  # noqa: N818  # not an error: a verdict
+    """A row that is read well but holds no usable preference; `reason` is a key of DROPPED."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Group(NamedTuple):
+    """One prompt, its distinct responses, and the preferences between them."""
+
+    prompt: str | tuple[int, ...]
+    responses: tuple[str | tuple[int, ...], ...]
+    pairs: tuple[TokenPair, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowReader:
+    """How rows become groups."""
+
+    prompt_template: str  # with {prompt}; "" leaves prompts as they are
+    responses_only: bool = False  # for the SFT stage: keep the chosen response, drop the pair
+
+    def read(self, row: Row, where: str) -> Group:
+        """The group of a row.
+
+        Raises:
+          DataError: a column is missing or has a wrong type; names `where`, the column and the value.
+          Dropped: the row is sound but holds no preference.
+          ConfigError: message lists without data.prompt_template.
+        """
+        group = _read_row(row, where, self.prompt_template)
+        if isinstance(group.prompt, str):
+            if not group.prompt.strip():
+                raise Dropped("empty_prompt")
+            if self.prompt_template:
+                group = group._replace(prompt=self.prompt_template.format(prompt=group.prompt))
+        elif not group.prompt:
+            raise Dropped("empty_prompt")
+        if any(not (r.strip() if isinstance(r, str) else r) for r in group.responses):
+            raise Dropped("empty_response")
+        if any(group.responses[p.chosen] == group.responses[p.rejected] for p in group.pairs):
+            raise Dropped("identical")
+        if self.responses_only and group.pairs:
+            best = group.pairs[0].chosen
+            return Group(group.prompt, (group.responses[best],), ())
+        return group
+
+
+def _read_row(row: Row, where: str, template: str) -> Group:
+    if "prompt_ids" in row or "chosen_ids" in row:
+        ids = [_ids(row, key, where) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        return Group(ids[0], tuple(ids[1:]), (_pair(row, where),))
+    if "responses" in row:
+        return _ranked(row, where)
+    if "completions" in row and "chosen" not in row:
+        texts = row["completions"]
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise DataError(f"{where}: column 'completions' must be a list of strings")
+        return Group(_text(row, "prompt", where), tuple(dict.fromkeys(texts)), ())
+    for key in ("completion", "response"):
+        if key in row and "chosen" not in row:
+            return Group(_text(row, "prompt", where), (_text(row, key, where),), ())
+    if "chosen" not in row or "rejected" not in row:
+        missing = "chosen" if "chosen" not in row else "rejected"
+        raise DataError(f"{where}: column {missing!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
+    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
+        return _from_messages(row, where, template)
+    chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
+    if "prompt" in row:
+        return Group(_text(row, "prompt", where), (chosen, rejected), (_pair(row, where),))
+    prompt, chosen = _split_transcript(chosen, where)
+    other_prompt, rejected = _split_transcript(rejected, where)
+    if prompt != other_prompt:
+        raise Dropped("prompt_mismatch")
+    return Group(prompt, (chosen, rejected), (_pair(row, where),))
+
+
+def _text(row: Row, key: str, where: str) -> str:
+    if key not in row:
+        raise DataError(f"{where}: column {key!r} is missing; the row has {', '.join(map(repr, row))}")
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: column {key!r} is {row[key]!r:.60}, of type {type(row[key]).__name__}, not a string")
+    return row[key]
+
+
+def _ids(row: Row, key: str, where: str) -> tuple[int, ...]:
+    value = row.get(key)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of token ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        raise DataError(f"{where}: column {key!r} holds something else than token ids")
+    return tuple(value)
+
+
+def _number(row: Row, key: str, where: str, default: float) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a finite number")
+    return float(value)
+
+
+def _pair(row: Row, where: str) -> TokenPair:
+    weight, soft_label = _number(row, "weight", where, 1.0), _number(row, "soft_label", where, 1.0)
+    if weight < 0:
+        raise DataError(f"{where}: column 'weight' is {weight}; it must be at least 0")
+    if not 0 <= soft_label <= 1:
+        raise DataError(f"{where}: column 'soft_label' is {soft_label}; it is a probability, in [0, 1]")
+    margin = _number(row, "score_chosen", where, 0.0) - _number(row, "score_rejected", where, 0.0)
+    return TokenPair(0, 1, weight, soft_label, _number(row, "margin", where, margin))
+
+
+def _ranked(row: Row, where: str) -> Group:
+    """K responses with scores (more is better) or ranks (less is better): pairs of every two that differ."""
+    responses = row["responses"]
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise DataError(f"{where}: column 'responses' must be a list of strings")
+    if "scores" not in row and "ranks" not in row:
+        raise DataError(f"{where}: 'responses' needs a column 'scores' or 'ranks'")
+    values, sign = (row["scores"], 1) if "scores" in row else (row["ranks"], -1)
+    if not isinstance(values, list) or len(values) != len(responses):
+        raise DataError(f"{where}: there are {len(responses)} responses and {values!r:.60} as their scores")
+    scores = [sign * _number({"scores": v}, "scores", where, math.nan) for v in values]
+    if any(math.isnan(s) for s in scores):
+        raise DataError(f"{where}: column 'scores' holds a null")
+    # Equal responses are scored once.
+    distinct = list(dict.fromkeys(responses))
+    slot = [distinct.index(r) for r in responses]
+    pairs = []
+    for i in range(len(responses)):
+        for j in range(i + 1, len(responses)):
+            if scores[i] != scores[j] and slot[i] != slot[j]:
+                w, l = (i, j) if scores[i] > scores[j] else (j, i)  # noqa: E741
+                pairs.append(TokenPair(slot[w], slot[l], 1.0, 1.0, scores[w] - scores[l]))
+    if not pairs:
+        raise Dropped("no_preference")
+    return Group(_text(row, "prompt", where), tuple(distinct), tuple(pairs))
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _split_transcript(text: str, where: str) -> tuple[str, str]:
+    """A dialogue split by message: everything up to the last "\\n\\nAssistant:", and what follows it.
+
+    Never by the longest common prefix of the pair: that swallows the first words the two responses share.
+    """
+    turns = list(_TURN.finditer(text))
+    if not turns:
+        raise DataError(
+            f"{where}: no column 'prompt', and 'chosen' is no \"\\n\\nHuman: ...\\n\\nAssistant: ...\" transcript"
+        )
+    last = turns[-1]
+    if last.group(1) != "Assistant" or len(turns) < 2:
+        raise Dropped("role_order")
+    return text[: last.end()], text[last.end() :]
+
+
+def _messages(value: Any, key: str, where: str) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of {{role, content}}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{where}: column {key!r} holds {message!r:.60}; a message is {{role, content}} of strings")
+        messages.append((message["role"], message["content"]))
+    return messages
+
+
+def _from_messages(row: Row, where: str, template: str) -> Group:
+    """Message lists, split before the last message; its sender must be the assistant."""
+    if not template:
+        raise ConfigError(
+            f"{where}: the rows are message lists; set data.prompt_template, e.g. "
+            "--config.data.prompt_template='{prompt}', to say how a prompt is written"
+        )
+    sides = [_messages(row[key], key, where) for key in ("chosen", "rejected")]
+    if isinstance(row.get("prompt"), list):
+        # The prompt is apart: the responses hold the answer only, or the whole dialogue again.
+        prompt = _messages(row["prompt"], "prompt", where)
+        sides = [side if side[: len(prompt)] == prompt else prompt + side for side in sides]
+    if sides[0][:-1] != sides[1][:-1]:
+        raise Dropped("prompt_mismatch")
+    *before, (role, _) = sides[0]
+    if role != "assistant" or sides[1][-1][0] != "assistant" or not before or before[-1][0] == "assistant":
+        raise Dropped("role_order")
+    if len(before) == 1:
+        prompt = before[0][1]
+    else:  # several turns: who says what must stay visible
+        prompt = "\n\n".join(f"{role.capitalize()}: {content}" for role, content in before)
+    return Group(prompt, (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))

@@ -1,0 +1,148 @@
+"""Hidden states -> log pi(y | x): only at response positions, chunked over tokens, in float32.
+
+Legend: A data shards, U tokens of a shard's rows, T scored tokens of a shard, C tokens of a chunk,
+V vocabulary, D model, S responses. No array of [rows, length, vocabulary] exists anywhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Unembed = Callable[[Any, Array], Array]  # (head, hidden [..., D]) -> float32 logits [..., V]
+
+
+class TokenScores(NamedTuple):
+    """What evaluation reads of every scored token besides its log-prob. [A, T] each."""
+
+    logps: Float[Array, "A T"]  # nats
+    entropy: Float[Array, "A T"]  # of the next-token distribution, nats
+    correct: Bool[Array, "A T"]  # the target is the most likely token
+    mean_logit: Float[Array, "A T"]  # over the vocabulary, TRL's logits/*
+
+
+def _is_target(target, vocab_size):
+    # A comparison instead of a gather: it stays local when the vocabulary is sharded.
+    return target[..., None] == jax.lax.broadcasted_iota(jnp.int32, (*target.shape, vocab_size), target.ndim)
+
+
+def _logps_of(logits, target):
+    """log softmax(logits)[target] and the log-sum-exp."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0.0), axis=-1) - lse, lse
+
+
+def _chunk(x, index, size):
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def _gather(hidden, predictor):
+    return jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+
+
+def _pad(x, size):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
+
+
+def _num_chunks(count, size):
+    return (count + size - 1) // size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def token_logps(
+    unembed: Unembed,
+    head: Any,
+    hidden: Float[Array, "A U D"],
+    predictor: Int[Array, "A T"],
+    target: Int[Array, "A T"],
+    count: Int[Array, ""],
+    chunk: int,
+) -> Float[Array, "A T"]:
+    """log pi(target | prefix) of every scored token, in nats; 0 in the chunks past `count`.
+
+    The logits exist one chunk of tokens at a time, in both passes: the backward pass computes them
+    anew and accumulates the head's gradient in float32. Work follows `count`, not T.
+
+    Args:
+      unembed: (head, hidden) -> float32 logits.
+      head: parameters of `unembed`.
+      hidden: final hidden states of a shard's rows, flattened.
+      predictor: which token's hidden state predicts each scored token.
+      target: the scored token ids.
+      count: most scored tokens in use in any shard; the rest is padding.
+      chunk: C, tokens per chunk and shard.
+    """
+    target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
+
+    def body(i, out):
+        y = _chunk(target, i, chunk)
+        logps, _ = _logps_of(unembed(head, _gather(hidden, _chunk(predictor, i, chunk))), y)
+        return jax.lax.dynamic_update_slice_in_dim(out, logps, i * chunk, axis=1)
+
+    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, jnp.zeros(target.shape, jnp.float32))
+    return out[:, :size]
+
+
+def _token_logps_fwd(unembed, head, hidden, predictor, target, count, chunk):
+    return token_logps(unembed, head, hidden, predictor, target, count, chunk), (
+        head,
+        hidden,
+        predictor,
+        target,
+        count,
+    )
+
+
+def _token_logps_bwd(unembed, chunk, residuals, cotangent):
+    head, hidden, predictor, target, count = residuals
+    target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangent, chunk)
+    shard = jnp.arange(hidden.shape[0])[:, None]
+
+    def body(i, carry):
+        d_head, d_hidden = carry
+        index, y, g = (_chunk(x, i, chunk) for x in (predictor, target, cotangent))
+        logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
+        _, lse = _logps_of(logits, y)
+        d_logits = (_is_target(y, logits.shape[-1]) - jnp.exp(logits - lse[..., None])) * g[..., None]
+        d_head_chunk, d_hidden_chunk = pullback(d_logits)
+        d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, d_head_chunk)
+        return d_head, d_hidden.at[shard, index].add(d_hidden_chunk.astype(jnp.float32))
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head, hidden))
+    d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
+    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
+    return d_head, d_hidden.astype(hidden.dtype), None, None, None
+
+
+token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
+
+
+def token_scores(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> TokenScores:
+    """`token_logps` with the statistics that evaluation logs; not meant to be differentiated."""
+    size = target.shape[1]
+    target, predictor = _pad(target, chunk), _pad(predictor, chunk)
+
+    def body(i, out):
+        y = _chunk(target, i, chunk)
+        logits = unembed(head, _gather(hidden, _chunk(predictor, i, chunk)))
+        logps, lse = _logps_of(logits, y)
+        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+        part = TokenScores(logps, entropy, jnp.argmax(logits, axis=-1) == y, logits.mean(axis=-1))
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * chunk, axis=1), out, part)
+
+    zero = jnp.zeros(target.shape, jnp.float32)
+    start = TokenScores(zero, zero, jnp.zeros(target.shape, bool), zero)
+    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, start)
+    return jax.tree.map(lambda x: x[:, :size], out)
+
+
+def response_sums(
+    values: Float[Array, "A T"], weight: Float[Array, "A T"], slot: Int[Array, "A T"], num_slots: int
+) -> Float[Array, "A S"]:
+    """Sums per-token values over each response: log pi(y | x) when the values are token log-probs."""
+    # `where` and not a product: padding may hold anything, and 0 * inf is nan.
+    values = jnp.where(weight > 0, values * weight, 0.0)
+    return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_slots))(values, slot)

@@ -1,0 +1,139 @@
+"""Logical axes -> mesh axes: the device mesh, parameter shardings, and putting a batch on the devices.
+
+Which logical axis goes to which mesh axis is data (config.mesh.rules); this module only applies it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpojax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # rows of a batch are spread over both
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+    """The device mesh; -1 takes the devices that are left.
+
+    Raises: ConfigError if the product is not the number of devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    named = ", ".join(f"mesh.{k}={v}" for k, v in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ConfigError(f"{named}: sizes are at least 1, and one of them may be -1 (what is left)")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = devices // math.prod(s for s in sizes if s != -1)
+    if math.prod(sizes) != devices:
+        raise ConfigError(f"{named}: the product must be the number of devices, {devices}")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Data shards: the groups of devices that hold different rows."""
+    return math.prod(mesh.shape[a] for a in ROW_AXES)
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """The data shards of which this process holds a device."""
+    here = jax.process_index()
+    by_shard = mesh.devices.reshape(num_shards(mesh), -1)
+    return [i for i, devices in enumerate(by_shard) if any(d.process_index == here for d in devices)]
+
+
+def _spec(shape, axes, mesh: Mesh, rules: Mapping[str, str]) -> P:
+    used: set[str] = set()
+    spec = []
+    for size, axis in zip(shape, axes, strict=True):
+        target = rules.get(axis, "")
+        # A dimension that does not divide, or whose mesh axis is taken, stays whole on every device.
+        if not target or target in used or size % mesh.shape[target]:
+            spec.append(None)
+        else:
+            used.add(target)
+            spec.append(target)
+    return P(*spec)
+
+
+def param_shardings(params: Any, axes: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+    """A NamedSharding for every parameter.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs.
+      axes: tree of logical axes, shaped like `params`.
+      rules: logical axis -> mesh axis; "" or absent: not split.
+    """
+    for axis, target in rules.items():
+        if target and target not in MESH_AXES:
+            raise ConfigError(f"mesh rule {axis}={target!r}: the mesh has the axes {', '.join(MESH_AXES)}")
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    specs = jax.tree.map(lambda a, x: _spec(x.shape, a, mesh, rules), axes, params, is_leaf=is_axes)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a training state: leaves that mirror a parameter follow it, the rest is replicated.
+
+    A leaf mirrors a parameter if its path ends in the parameter's path and the shapes are the same.
+    """
+    flat_params, _ = jax.tree_util.tree_flatten_with_path(params)
+    flat_shardings = jax.tree.leaves(shardings)
+    by_path = {jax.tree_util.keystr(p): (x.shape, s) for (p, x), s in zip(flat_params, flat_shardings, strict=True)}
+    replicated = NamedSharding(mesh, P())
+
+    def find(path, leaf):
+        for start in range(len(path)):
+            shape, sharding = by_path.get(jax.tree_util.keystr(path[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def rows_sharding(mesh: Mesh, *, leading: int) -> NamedSharding:
+    """Rows (or shards) spread over the data axes, after `leading` unsplit dimensions."""
+    return NamedSharding(mesh, P(*[None] * leading, ROW_AXES))
+
+
+def constrain_rows(mesh: Mesh):
+    """Keeps the leading axis of an activation spread over the data axes."""
+    sharding = rows_sharding(mesh, leading=0)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Shardings of a PackedBatch: [M, rows or shards, ...] spread over the data axes; plan scalars replicated."""
+    rows, whole = rows_sharding(mesh, leading=1), NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: rows if np.ndim(x) > 1 else whole, batch)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts this process's part of a batch on its devices, as one global array per field.
+
+    Args:
+      batch: numpy arrays whose second axis holds the rows (or shards) of `local_shards(mesh)`, in that order.
+    """
+    shardings = batch_shardings(batch, mesh)
+    shards, total = local_shards(mesh), num_shards(mesh)
+    if shards == list(range(total)):
+        return jax.device_put(batch, shardings)
+
+    def put(x, sharding):
+        if np.ndim(x) <= 1:
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        size = x.shape[1] // len(shards)  # rows per shard
+        shape = (x.shape[0], size * total, *x.shape[2:])
+
+        def local(index):
+            first = shards.index((index[1].start or 0) // size)
+            return x[:, first * size : (first + 1) * size]
+
+        return jax.make_array_from_callback(shape, sharding, local)
+
+    return jax.tree.map(put, batch, shardings)
