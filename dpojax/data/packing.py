@@ -90,7 +90,6 @@ class PackShape:
     row_tokens: int  # L
     num_slots: int  # S
     num_pairs: int  # P
-    span: int  # tokens of the longest segment that shares a row's attention
 
 
 class Segment(NamedTuple):
@@ -192,7 +191,6 @@ def step_shape(
         row_tokens=row_tokens,
         num_slots=num_groups * max_responses,
         num_pairs=max(1, num_groups * max_pairs),
-        span=min(longest[0], row_tokens) if len(longest) else row_tokens,
     )
 
 
@@ -294,6 +292,11 @@ def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple
                         scored["ref_logps"][here] = group.ref_logps[branch - 1]
                 column += len(ids)
     return slots
+
+
+def scored_responses(cell: list[list[Segment]]) -> list[tuple[int, int]]:
+    """The (group, response) of every response of a cell, in the order of its scored tokens."""
+    return [(segment.group, k) for row in cell for segment in row for k in segment.branches]
 
 
 def _fill_pairs(slots, get_group, pair) -> None:

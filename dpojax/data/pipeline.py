@@ -135,7 +135,7 @@ def choose_row_tokens(
 
 
 def _count_rows(totals: np.ndarray, capacity: int) -> int:
-    shape = PackShape("shared", len(totals), 1, 1, capacity, 0, 0, 0)
+    shape = PackShape("shared", len(totals), 1, 1, capacity, 0, 0)
     return plan_step([int(t) - 1 for t in totals], [[1]] * len(totals), shape).rows_used
 
 

@@ -1,10 +1,11 @@
 """The attention rule of prefix-shared rows, on plain XLA.
 
-Legend: R rows, L row length, H query heads, K kv heads, G query heads per kv head, E head dim.
-The rule itself is defined once, in `dpojax.data.packing.visible`.
+Legend: R rows, L row length, H query heads, K kv heads, J query heads per kv head, E head dim,
+Q queries and S keys of one call, N blocks of C tokens. The rule itself is `dpojax.data.packing.visible`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,67 +25,148 @@ def attend(
     """Softmax attention where `mask` is True; grouped heads; scores and softmax in float32."""
     rows, queries, heads, head_dim = q.shape
     q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], head_dim) * head_dim**-0.5
-    scores = jnp.einsum("RQKGE,RSKE->RKGQS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    # Dividing the output, not the weights, saves a pass over the largest array.
-    total = jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
-    out = jnp.einsum("RKGQS,RSKE->RQKGE", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / total).astype(v.dtype).reshape(rows, queries, heads, head_dim)
+    scores = jnp.einsum("RQKJE,RSKE->RKJQS", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
+    out = jnp.einsum("RKJQS,RSKE->RQKJE", weights.astype(v.dtype), v)
+    return out.reshape(rows, queries, heads, head_dim)
 
 
 def full_attention(q, k, v, group, branch):
-    """The rule through one [L, L] mask: the oracle of every faster path. Shapes as `banded_attention`."""
+    """The rule through one [L, L] mask: the oracle of every faster path. Shapes as `blocked_attention`."""
     index = jnp.arange(q.shape[1])
     mask = visible(index[:, None], index[None, :], group[:, :, None], group[:, None, :], branch[:, :, None],
                    branch[:, None, :])  # fmt: skip
     return attend(q, k, v, mask)
 
 
-def banded_attention(
+class _Blocks(NamedTuple):
+    """What a block of queries may see."""
+
+    group: Int[Array, "N R C"]
+    branch: Int[Array, "N R C"]
+    first: Int[Array, "N"]  # the first block with a visible key, over all rows
+
+
+def _dot(x, y, x_dim: int, y_dim: int):
+    """Batched over (R, K); contracts dimension x_dim of x with y_dim of y; float32 out."""
+    dims = (((x_dim,), (y_dim,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _bias(blocks: _Blocks, i, j, heads: int):
+    """0 where block i's queries see block j's keys, MASKED elsewhere. [R, 1, J C, C]."""
+    size = blocks.group.shape[2]
+    index = jnp.arange(size)
+    mask = visible(
+        (i * size + index)[:, None], j * size + index,
+        blocks.group[i][:, :, None], blocks.group[j][:, None],
+        blocks.branch[i][:, :, None], blocks.branch[j][:, None],
+    )  # fmt: skip
+    bias = jnp.where(mask, 0.0, MASKED)
+    return jnp.tile(bias, (1, heads, 1))[:, None]
+
+
+def _forward(q, k, v, blocks: _Blocks):
+    """Output and log-sum-exp, block of queries by block, keys folded in one block at a time."""
+    heads = q.shape[3] // k.shape[3]
+
+    def queries(i, carry):
+        def keys(j, state):
+            top, total, out = state
+            scores = _dot(q[i], k[j], 3, 3) + _bias(blocks, i, j, heads)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            out = out * shrink[..., None] + _dot(weights.astype(v.dtype), v[j], 3, 2)
+            return new_top, total * shrink + weights.sum(axis=-1), out
+
+        zero = jnp.zeros(q.shape[1:4], jnp.float32)
+        start = (zero + MASKED, zero, jnp.zeros(q.shape[1:], jnp.float32))
+        top, total, out = jax.lax.fori_loop(blocks.first[i], i + 1, keys, start)
+        outs, lses = carry
+        return outs.at[i].set((out / total[..., None]).astype(outs.dtype)), lses.at[i].set(top + jnp.log(total))
+
+    return jax.lax.fori_loop(0, q.shape[0], queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:4], jnp.float32)))
+
+
+@jax.custom_vjp
+def _blocked(q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: _Blocks):
+    return _forward(q, k, v, blocks)[0]
+
+
+def _blocked_fwd(q, k, v, blocks):
+    out, lse = _forward(q, k, v, blocks)
+    return out, (q, k, v, blocks, out, lse)
+
+
+def _blocked_bwd(residuals, d_out):
+    """Scores are computed anew from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 2.3.2)."""
+    q, k, v, blocks, out, lse = residuals
+    heads = q.shape[3] // k.shape[3]
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def queries(i, carry):
+        def keys(j, state):
+            dq, dk, dv = state
+            weights = jnp.exp(_dot(q[i], k[j], 3, 3) + _bias(blocks, i, j, heads) - lse[i][..., None])
+            d_scores = weights * (_dot(d_out[i], v[j], 3, 3) - delta[i][..., None])
+            weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+            dv = dv.at[j].add(_dot(weights, d_out[i], 2, 2))
+            dk = dk.at[j].add(_dot(d_scores, q[i], 2, 2))
+            return dq + _dot(d_scores, k[j], 3, 2), dk, dv
+
+        dqs, dk, dv = carry
+        start = (jnp.zeros(q.shape[1:], jnp.float32), dk, dv)
+        dq, dk, dv = jax.lax.fori_loop(blocks.first[i], i + 1, keys, start)
+        return dqs.at[i].set(dq), dk, dv
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    dq, dk, dv = jax.lax.fori_loop(0, q.shape[0], queries, start)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+def blocked_attention(
     q: Float[Array, "R L H E"],
     k: Float[Array, "R L K E"],
     v: Float[Array, "R L K E"],
     group: Int[Array, "R L"],
     branch: Int[Array, "R L"],
     *,
-    span: int,
     block: int,
 ) -> Float[Array, "R L H E"]:
-    """The rule, block of queries by block: each sees only the keys that its group can reach.
+    """The rule, one block of queries at a time, from the block in which the query's group starts.
 
-    A key of the same group is at most `span - 1` tokens back, so the cost grows with the longest
-    group and not with the row; causality halves it again. The scores of a block are computed anew
-    in the backward pass.
+    The work follows the groups that are really there and not the row's length: a loop over blocks of
+    keys with a trip count read from `group`. Nothing larger than a block of scores exists in either pass.
 
     Args:
-      span: tokens of the longest group in any row.
-      block: queries per block; the last block may be shorter.
+      block: C, tokens per block.
     """
-    length = q.shape[1]
-    index = jnp.arange(length)
+    rows, length, heads, head_dim = q.shape
+    kv_heads, padding = k.shape[2], -length % block
+    count = (length + padding) // block
+    group, branch = (jnp.pad(x, ((0, 0), (0, padding))) for x in (group, branch))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q * head_dim**-0.5, k, v))
+    q = q.reshape(rows, count, block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    q = q.reshape(count, rows, kv_heads, -1, head_dim)
+    k, v = (x.reshape(rows, count, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    starts = jnp.concatenate([jnp.ones((rows, 1), bool), group[:, 1:] != group[:, :-1]], axis=1)
+    index = jnp.broadcast_to(jnp.arange(length + padding), starts.shape)
+    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    split = lambda x: x.reshape(rows, count, block).transpose(1, 0, 2)  # noqa: E731
+    blocks = _Blocks(split(group), split(branch), split(start)[:, :, 0].min(axis=1) // block)
+    out = _blocked(q, k, v, blocks)
+    out = out.reshape(count, rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(rows, length + padding, heads, head_dim)[:, :length]
 
-    @functools.partial(jax.checkpoint, static_argnums=(0, 1, 2))
-    def one_block(start, stop, first, q, k, v):
-        rows, keys = slice(start, stop), slice(first, stop)
-        mask = visible(index[rows, None], index[None, keys], group[:, rows, None], group[:, None, keys],
-                       branch[:, rows, None], branch[:, None, keys])  # fmt: skip
-        return attend(q, k, v, mask)
 
-    out = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first = max(0, start - span + 1) // block * block
-        out.append(one_block(start, stop, first, q[:, start:stop], k[:, first:stop], v[:, first:stop]))
-    return jnp.concatenate(out, axis=1)
-
-
-def make_attention(name: str, *, span: int, row_tokens: int):
+def make_attention(name: str):
     """The function (q, k, v, group, branch) -> out that `model.attention` names."""
     if name in ("auto", "xla"):
-        # At most 16 blocks are unrolled: more of them cost more compile time than they save.
-        block = max(128, -(-row_tokens // 16 // 128) * 128)
-        return functools.partial(banded_attention, span=span, block=block)
+        # CPUs gain most from skipping; accelerators want larger matrix products.
+        return functools.partial(blocked_attention, block=64 if jax.default_backend() == "cpu" else 256)
     if name == "full":
         return full_attention
     raise ValueError(f"model.attention is {name!r}; it must be auto, xla or full")

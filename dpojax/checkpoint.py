@@ -1,0 +1,254 @@
+"""TrainState <-> disk: Orbax v1, asynchronous and atomic, with per-leaf checksums and fingerprints.
+
+Orbax restores a flipped bit, another dtype or another run's weights without a word (it checks shapes
+and keys only), so every checkpoint carries what is needed to refuse them.
+
+Resume order:
+  1. the newest committed step (a folder named by an integer that holds Orbax's commit file);
+  2. its `meta`: step, config, fingerprints, model, checksums;
+  3. every fingerprint is compared with this run's; a difference is refused unless it is allowed;
+  4. `state` is restored into this run's shardings, whatever mesh it was saved from;
+  5. every leaf's checksum is compared;
+  6. the data continues at state.step: the order is a pure function of (seed, step).
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dpojax.errors import CheckpointError
+
+COMMITTED = "commit_success.txt"
+MAX_FAILED_SAVES = 3
+
+
+def _leaf_checksum(x: jax.Array) -> jax.Array:
+    """Two 32-bit sums of the bits, each weighted by an odd function of the position.
+
+    A sum does not care how the array is split, so that the value is the same on any mesh; an odd weight
+    has an inverse modulo 2^32, so that a change of any single element always changes it.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, size).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, length in enumerate(x.shape):
+        position = position * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = (position ^ (position >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return jnp.stack([jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32), jnp.sum(bits * (mixed | 1), dtype=jnp.uint32)])
+
+
+_checksums = jax.jit(lambda tree: jax.tree.map(_leaf_checksum, tree))
+
+
+def checksums(tree: Any) -> dict[str, str]:
+    """A 64-bit checksum of every leaf, by its path; independent of sharding. Any single flipped bit changes it."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))
+    return {jax.tree_util.keystr(path): f"{int(a):08x}{int(b):08x}" for path, (a, b) in paths}
+
+
+def difference(saved: dict[str, str], found: dict[str, str]) -> str | None:
+    """The first leaf whose checksum differs or that only one of both has; None if they are the same."""
+    return next((k for k in sorted(saved | found) if saved.get(k) != found.get(k)), None)
+
+
+class _Always:
+    """Save exactly when asked."""
+
+    def should_save(self, step, previous_steps, *, context):
+        return True
+
+
+class _CommittedSteps:
+    """Step folders are plain integers that hold Orbax's commit file; anything else is not a checkpoint."""
+
+    def __init__(self):
+        self._names = ocp.path.step.standard_name_format()
+
+    def build_name(self, step):
+        return self._names.build_name(step)
+
+    def find_all(self, base_path):
+        return (m for m in self._names.find_all(base_path) if (m.path / COMMITTED).exists())
+
+    def find_step(self, base_path, step):
+        found = self._names.find_step(base_path, step)
+        if not (found.path / COMMITTED).exists():
+            raise ValueError(f"step {step} was never committed")
+        return found
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one folder."""
+
+    def __init__(self, folder: pathlib.Path, *, keep: int):
+        """Opens `folder`, and says which of its entries are no checkpoints.
+
+        Args:
+          keep: how many of the newest steps stay.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
+        self.folder, self.failed = folder.resolve(), 0
+        registry = ocp.handlers.local_registry(include_global_registry=True)
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+        context = ocp.Context()
+        context.checkpointables.registry = registry
+        folder.mkdir(parents=True, exist_ok=True)
+        self.strays = sorted(
+            p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists())
+        )
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            context=context,
+            save_decision_policy=_Always(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            step_name_format=_CommittedSteps(),
+        )
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first."""
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> str | None:
+        """Starts saving; returns what went wrong with this save's start or an earlier one, or None.
+
+        The arrays are copied to the host before it returns; writing goes on in the background.
+        Raises: CheckpointError after MAX_FAILED_SAVES failures in a row.
+        """
+        meta = {**meta, "step": step, "checksums": checksums(state)}
+        try:
+            self._checkpointer.wait()
+            if step not in self.steps():
+                self._checkpointer.save_checkpointables_async(step, {"state": state, "meta": meta})
+            self.failed = 0
+        except Exception as error:  # Orbax passes on whatever the file system raised
+            return self._failure(error)
+        return None
+
+    def wait(self) -> str | None:
+        """Waits until the last save is committed; returns what went wrong, or None."""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            return self._failure(error)
+        return None
+
+    def _failure(self, error: Exception) -> str:
+        self.failed += 1
+        message = f"checkpoint in {self.folder} was not saved: {type(error).__name__}: {error}"
+        if self.failed >= MAX_FAILED_SAVES:
+            raise CheckpointError(f"{message}; {self.failed} saves failed in a row") from error
+        return message
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The `meta` of a step. Raises CheckpointError if it cannot be read."""
+        try:
+            return self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def restore(self, step: int, abstract: Any, meta: dict[str, Any]) -> Any:
+        """The state of a step in the shardings of `abstract`, a tree of ShapeDtypeStructs.
+
+        Raises: CheckpointError naming the leaf whose shape, dtype or checksum differs, with the step to fall
+          back to.
+        """
+        self._compare_shapes(step, abstract)
+        try:
+            state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        leaf = difference(meta["checksums"], checksums(state))
+        if leaf is not None:
+            raise CheckpointError(f"{self.folder / str(step)}: the bytes of {leaf} changed on disk{self._fallback(step)}")
+        return state
+
+    def restore_params(self, step: int, abstract: Any, shardings: Any, meta: dict[str, Any]) -> Any:
+        """The parameters alone of a step, for a run that starts from them; arguments shaped like the parameters."""
+        try:
+            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+            whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), saved)
+            placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            target = target._replace(params=placed) if hasattr(target, "_replace") else {**target, "params": placed}
+            state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        params = state.params if hasattr(state, "params") else state["params"]
+        mine = {k.removeprefix(".params"): v for k, v in meta["checksums"].items() if k.startswith(".params")}
+        leaf = difference(mine, checksums(params))
+        if leaf is not None:
+            raise CheckpointError(f"{self.folder / str(step)}: the bytes of {leaf} changed on disk")
+        return params
+
+    def _compare_shapes(self, step: int, abstract: Any) -> None:
+        try:
+            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        describe = lambda x: (tuple(x.shape), str(np.dtype(x.dtype)))  # noqa: E731
+        have = {tuple(map(_key, p)): describe(x) for p, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+            name = tuple(map(_key, path))
+            if have.get(name) != describe(leaf):
+                found = have.get(name)
+                raise CheckpointError(
+                    f"{self.folder / str(step)}: {'/'.join(name)} is {'missing' if found is None else found}, "
+                    f"this run's is {describe(leaf)}; use the model and optimizer of that run, or another --workdir"
+                )
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return CheckpointError(f"{self.folder / str(step)}: cannot be read: {cause!s:.500}{self._fallback(step)}")
+
+    def _fallback(self, step: int) -> str:
+        older = [s for s in self.steps() if s < step]
+        if not older:
+            return "; there is no older step: start again in another --workdir"
+        return f"; to continue from the step before, add --config.checkpoint.restore_step={older[-1]}"
+
+    def drop_after(self, step: int) -> None:
+        """Removes the steps after `step`: a run that falls back writes them anew."""
+        if jax.process_index() == 0:
+            for newer in [s for s in self.steps() if s > step]:
+                shutil.rmtree(self.folder / str(newer))
+
+    def close(self) -> None:
+        """Waits for the last save and releases Orbax's threads."""
+        self._checkpointer.close()
+
+
+def _key(entry: Any) -> str:
+    """One step of a tree path as text: a field's name, a key, or an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def compare_fingerprints(saved: dict[str, str], now: dict[str, str], allow: Collection[str]) -> list[str]:
+    """The names that changed and may; raises CheckpointError for the first that may not."""
+    changed = [name for name in now if saved.get(name) != now[name]]
+    for name in changed:
+        if name not in allow:
+            raise CheckpointError(
+                f"the checkpoint was made with another {name}: {saved.get(name)!s:.300} then, {now[name]!s:.300} now; "
+                f"restore it, use another --workdir, or allow it with --config.checkpoint.allow_changed={name}"
+            )
+    return changed
+
+
+def describe(value: Any) -> str:
+    """Plain data as one line of JSON, for fingerprints that people can read."""
+    return json.dumps(value, sort_keys=True, default=str)

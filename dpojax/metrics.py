@@ -1,0 +1,105 @@
+"""Scalars -> metrics.jsonl (the truth), TensorBoard, and a progress line. Process 0 only."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    print(message, flush=True)
+
+
+class MetricsLog:
+    """One JSON object per logged step; a resumed run replaces what it repeats.
+
+    A file that cannot be written stops nothing: it is said once, and training goes on.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, enabled: bool):
+        self.path, self.enabled, self.broken = workdir / "metrics.jsonl", enabled, False
+        self._board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=10) if enabled else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far; a last line that was cut off by a kill is left out."""
+        rows = []
+        if self.path.is_file():
+            for line in self.path.read_text(errors="replace").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+    def rewind(self, *, sft_step: int, step: int) -> None:
+        """Forgets the rows of steps after these, which a resumed run writes anew."""
+        if not self.enabled or not self.path.is_file():
+            return
+        kept = [r for r in self.rows() if r["step"] <= (sft_step if "sft_loss" in r else step)]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        temporary.replace(self.path)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Appends {"step": step, **scalars}; non-finite values become null in JSON."""
+        if not self.enabled:
+            return
+        row = {"step": step, **{k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            assert self._board is not None
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, step)
+        except OSError as error:
+            if not self.broken:
+                say(f"metrics: {self.path} cannot be written ({error}); training goes on")
+            self.broken = True
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+
+class Progress:
+    """A line that redraws itself on a terminal, and a plain line every `every_s` seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str, *, enabled: bool, every_s: float = 10.0):
+        self.name, self.total, self.unit, self.enabled, self.every_s = name, total, unit, enabled, every_s
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if not self.enabled or now - self.last < (0.2 if sys.stdout.isatty() else self.every_s):
+            return
+        self.last = now
+        rate = (done - self.first) / (now - self.start)
+        left = f"ETA {duration((self.total - done) / rate)}" if rate > 0 else ""
+        text = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, {left}"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{text}", end="" if done < self.total else "\n", flush=True)
+        else:
+            say(text)
+
+    def close(self, message: str) -> None:
+        """Ends the line with what came out, and how long it took."""
+        if self.enabled:
+            end = "\r\x1b[K" if sys.stdout.isatty() else ""
+            say(f"{end}{self.name}: {message} ({duration(time.monotonic() - self.start)})")
+
+
+def duration(seconds: float) -> str:
+    """12.3s, 4m05s or 2h03m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,109 @@
+"""Where the reference log-probs come from: a live frozen tree, or a cache computed once.
+
+The reference is an argument of the step, never part of the trained tree, the optimizer or a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpojax.data.index import Index
+from dpojax.data.packing import PackedBatch, plan_step, scored_responses
+from dpojax.data.pipeline import PackGroups, eval_batches
+from dpojax.errors import DataError
+
+
+def make_live(params: Any, shardings: Any, dtype: Any) -> Any:
+    """A frozen copy of `params` in its own shardings and dtype."""
+    copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(dtype), tree), out_shardings=shardings)
+    return copy(params)
+
+
+def cache_key(*, weights: dict[str, str], model: str, data: str, dtype: str) -> str:
+    """The name of a cache: changes with the weights, the model, the token ids and the precision."""
+    content = json.dumps([1, sorted(weights.items()), model, data, dtype])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+class ReferenceCache:
+    """Per-token reference log-probs of every response of a dataset, in the order of its index. Picklable."""
+
+    def __init__(self, index: Index, values: np.ndarray):
+        self.rows, self.offsets = index.rows, index.response_offsets
+        self.starts = np.concatenate([[0], np.cumsum(index.response_lengths)])
+        self.values = values  # [sum of |y|], nats
+
+    def __call__(self, row: int, lengths: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """The log-probs of each response of a source row."""
+        i = int(np.searchsorted(self.rows, row))
+        first = int(self.offsets[i])
+        own = [self.values[self.starts[first + k] : self.starts[first + k + 1]] for k in range(len(lengths))]
+        if [len(v) for v in own] != list(lengths):
+            raise DataError(f"reference cache: row {row} has responses of {lengths} tokens, the cache {[len(v) for v in own]}")
+        return tuple(own)
+
+
+def compute(
+    pack: PackGroups,
+    token_logps: Callable[[PackedBatch], np.ndarray],
+    *,
+    num_groups: int,
+    count: int,
+    progress: Callable[[int], None],
+) -> np.ndarray:
+    """The reference pass over the first `count` groups of a dataset: token log-probs in the index's order.
+
+    Args:
+      token_logps: batch -> [M, A, T] on the host, of all data shards.
+      progress: called with the number of groups done.
+    """
+    index = pack.index
+    starts = np.concatenate([[0], np.cumsum(index.response_lengths)])
+    values = np.zeros(starts[index.response_offsets[count]], np.float32)
+    pairs_before = int(index.pair_offsets[count])
+    for step, (batch, _) in enumerate(eval_batches(pack, num_groups=num_groups, max_pairs=pairs_before)):
+        positions = range(step * num_groups, min((step + 1) * num_groups, count))
+        prompts = [int(index.prompt_lengths[i]) for i in positions]
+        plan = plan_step(prompts, [index.responses(i) for i in positions], pack.shape)
+        logps = token_logps(batch)
+        for m, cells in enumerate(plan.cells):
+            for a, cell in enumerate(cells):
+                end = 0
+                for g, k in scored_responses(cell):
+                    place = index.response_offsets[positions[g]] + k
+                    size = int(index.response_lengths[place])
+                    values[starts[place] : starts[place] + size] = logps[m, a, end : end + size]
+                    end += size
+        progress(positions[-1] + 1)
+    return values
+
+
+def load(path: pathlib.Path, index: Index) -> np.ndarray | None:
+    """The values of a stored cache, or None if there is none, or it is truncated, altered or not finite."""
+    try:
+        values = np.load(path, allow_pickle=False)
+        digest = path.with_suffix(".sha256").read_text()
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = values.shape == (int(index.response_lengths.sum()),) and values.dtype == np.float32
+    if not whole or not np.isfinite(values).all() or hashlib.sha256(values.tobytes()).hexdigest() != digest:
+        return None
+    return values
+
+
+def store(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes a cache whole or not at all, also with two writers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = path.with_suffix(f".{os.getpid()}.tmp")
+    digest.write_text(hashlib.sha256(values.tobytes()).hexdigest())
+    digest.replace(path.with_suffix(".sha256"))
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
+    np.save(temporary, values)
+    temporary.replace(path)

@@ -1,0 +1,278 @@
+"""Metrics, held-out pairs and samples -> one self-contained report.html. Process 0 only."""
+
+import base64
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dpojax.config import Config, to_dict
+from dpojax.evaluate import wilson
+from dpojax.train import PairResults
+
+CHOSEN, REJECTED, TRAIN, EVAL, GREY = "#1b7837", "#b2182b", "#4575b4", "#f46d43", "#777777"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.dpi": 110,
+}
+
+PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>dpojax: {{ name }}</title>
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em; }
+ h1 { font-size: 1.5em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
+ .sub { color: #777; margin-top: .2em; }
+ .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 1.4em 0; }
+ .card { border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px; min-width: 150px; flex: 1; }
+ .card b { display: block; font-size: 1.6em; } .card span { color: #777; font-size: .85em; }
+ img { max-width: 100%; } table { border-collapse: collapse; width: 100%; }
+ td, th { text-align: left; padding: 6px 10px; border-bottom: 1px solid #eee; vertical-align: top; }
+ th { color: #777; font-weight: 600; } .num { text-align: right; font-variant-numeric: tabular-nums; }
+ .prompt { white-space: pre-wrap; color: #555; font-size: .88em; max-height: 11em; overflow: auto; }
+ .better { background: #eef7ee; } details { margin: .5em 0; } pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: .85em; }
+ .note { color: #777; font-size: .9em; }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p class="sub">{{ subtitle }}</p>
+<div class="cards">{% for c in cards %}<div class="card"><b>{{ c.value }}</b>{{ c.label }}<br><span>{{ c.note }}</span></div>{% endfor %}</div>
+<h2>Training</h2>
+<img alt="training curves" src="data:image/png;base64,{{ curves }}">
+<p class="note">{{ curves_note }}</p>
+<h2>Held-out pairs</h2>
+<img alt="held-out rewards" src="data:image/png;base64,{{ heldout }}">
+<table><tr><th>held-out pairs</th><th class="num">pairs</th><th class="num">accuracy</th><th class="num">95 % interval</th></tr>
+{% for r in splits %}<tr><td>{{ r.name }}</td><td class="num">{{ r.count }}</td><td class="num">{{ r.rate }}</td><td class="num">{{ r.interval }}</td></tr>{% endfor %}</table>
+{% if samples %}
+<h2>Samples</h2>
+{% if sample_plot %}<img alt="sample statistics" src="data:image/png;base64,{{ sample_plot }}">{% endif %}
+<table><tr><th>on {{ num_samples }} held-out prompts</th><th class="num">policy</th><th class="num">reference</th></tr>
+{% for r in sample_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
+<p class="note">{{ sample_note }}</p>
+<table><tr><th style="width:34%">prompt</th><th>policy</th><th>reference</th></tr>
+{% for s in samples %}<tr><td><div class="prompt">{{ s.prompt }}</div></td>
+<td class="{{ 'better' if s.policy_better }}">{{ s.policy }}{% if s.policy_score is not none %}<br><span class="note">reward {{ s.policy_score }}</span>{% endif %}</td>
+<td class="{{ 'better' if s.ref_better }}">{{ s.reference }}{% if s.ref_score is not none %}<br><span class="note">reward {{ s.ref_score }}</span>{% endif %}</td></tr>{% endfor %}</table>
+{% endif %}
+<h2>Data and programs</h2>
+<table><tr><th>rows</th><th class="num">train</th><th class="num">held out</th></tr>
+{% for r in data_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
+<table><tr><th>program</th><th class="num">compiled</th><th class="num">seconds</th></tr>
+{% for r in program_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
+<details><summary>All settings</summary><pre>{{ config }}</pre></details>
+</body></html>
+""")
+
+
+def _png(figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    found = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
+    """Loss, accuracy, rewards, and log-probs over the steps; SFT's loss beside them where there was one."""
+    has_sft = any("sft_loss" in r for r in rows)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+        panels = [
+            ("loss", [("loss", "train", TRAIN), ("eval_loss", "held out", EVAL)]),
+            ("reward accuracy", [("rewards/accuracies", "train", TRAIN), ("eval_rewards/accuracies", "held out", EVAL)]),
+            ("rewards, held out", [("eval_rewards/chosen", "chosen", CHOSEN), ("eval_rewards/rejected", "rejected", REJECTED)]),
+            ("log-probs, held out (nats)", [("eval_logps/chosen", "chosen", CHOSEN), ("eval_logps/rejected", "rejected", REJECTED)]),
+            ("gradient norm", [("grad_norm", "train", TRAIN)]),
+            ("SFT loss (nats per token)", [("sft_loss", "train", TRAIN)])
+            if has_sft
+            else ("learning rate", [("learning_rate", "train", TRAIN)]),
+        ]
+        for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+            for key, label, color in lines:
+                x, y = _series(rows, key)
+                axis.plot(x, y, color=color, label=label, marker="o" if len(x) < 12 else None, markersize=4)
+            axis.set_title(title, loc="left")
+            axis.set_xlabel("step")
+            if len(lines) > 1:
+                axis.legend(frameon=False)
+        axes.flat[1].axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        return figure
+
+
+def plot_heldout(results: PairResults) -> Any:
+    """Histograms of the rewards and margins, and margin against length difference."""
+    margin = results.chosen_rewards - results.rejected_rewards
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        both = np.concatenate([results.chosen_rewards, results.rejected_rewards])
+        bins = np.linspace(*np.percentile(both, [0.5, 99.5]) + np.array([-1e-6, 1e-6]), 41)
+        axes[0].hist(results.chosen_rewards, bins, alpha=0.6, color=CHOSEN, label="chosen")
+        axes[0].hist(results.rejected_rewards, bins, alpha=0.6, color=REJECTED, label="rejected")
+        axes[0].set_title("implicit rewards", loc="left")
+        axes[0].set_xlabel("beta log pi/ref")
+        axes[0].legend(frameon=False)
+        axes[1].hist(margin, 41, color=TRAIN)
+        axes[1].axvline(0, color="black", linewidth=0.8)
+        axes[1].set_title("margins (right of 0: ranked as labelled)", loc="left")
+        axes[1].set_xlabel("reward of chosen − reward of rejected")
+        difference = results.chosen_lengths - results.rejected_lengths
+        axes[2].scatter(difference, margin, s=8, alpha=0.5, color=TRAIN, linewidths=0)
+        axes[2].axhline(0, color="black", linewidth=0.8)
+        axes[2].set_title("margin against length difference", loc="left")
+        axes[2].set_xlabel("tokens of chosen − tokens of rejected")
+        return figure
+
+
+def plot_samples(samples: dict[str, Any]) -> Any:
+    """Lengths of the samples, and their rewards where there is one."""
+    with plt.rc_context(STYLE):
+        panels = 2 if "scores" in samples else 1
+        figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 3.2), layout="constrained", squeeze=False)
+        lengths = {name: [len(r) for r in samples["ids"][name]] for name in ("policy", "reference")}
+        _two_histograms(axes[0, 0], lengths, "length of samples (tokens)")
+        if panels == 2:
+            _two_histograms(axes[0, 1], samples["scores"], "reward of samples")
+        return figure
+
+
+def _two_histograms(axis, values: dict[str, Sequence[float]], title: str) -> None:
+    everything = np.concatenate([np.asarray(v, float) for v in values.values()])
+    bins = np.linspace(everything.min() - 0.5, everything.max() + 0.5, 33)
+    for name, color in (("policy", EVAL), ("reference", GREY)):
+        axis.hist(values[name], bins, alpha=0.55, color=color, label=name)
+    axis.set_title(title, loc="left")
+    axis.legend(frameon=False)
+
+
+def _splits(results: PairResults) -> list[dict[str, Any]]:
+    """Reward accuracy over all pairs and by which response is longer."""
+    margin = results.chosen_rewards - results.rejected_rewards
+    right = (margin > 0) + 0.5 * (margin == 0)
+    difference = results.chosen_lengths - results.rejected_lengths
+    everything = np.ones(len(margin), bool)
+    rows = []
+    for name, mask in {
+        "all": everything,
+        "chosen is longer": difference > 0,
+        "same length": difference == 0,
+        "chosen is shorter": difference < 0,
+    }.items():
+        rate = wilson(float(right[mask].sum()), int(mask.sum()))
+        shown = (f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}") if mask.any() else ("–", "–")
+        rows.append({"name": name, "count": int(mask.sum()), "rate": shown[0], "interval": shown[1]})
+    return rows
+
+
+def _cards(summary: dict[str, Any], splits: list[dict[str, Any]]) -> list[dict[str, str]]:
+    cards = []
+    if "win_rate" in summary:
+        interval = f"{summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%} (Wilson, 95 %)"
+        cards.append({"value": f"{summary['win_rate']:.1%}", "label": "win rate over the reference", "note": interval})
+        controlled = f"{summary['win_rate_length_controlled']:.1%}"
+        cards.append({"value": controlled, "label": "length-controlled win rate", "note": "at equal length"})
+    interval = f"{splits[0]['interval']} on {splits[0]['count']} pairs"
+    cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
+    if "kl" in summary:
+        error = f"± {summary['kl_standard_error']:.2f} (standard error)"
+        cards.append({"value": f"{summary['kl']:.2f} nats", "label": "KL(policy || reference)", "note": error})
+    if summary["pairs_per_second"]:
+        speed = f"{summary['pairs_per_second']:.1f}"
+        cards.append({"value": speed, "label": "pairs per second", "note": f"{summary['num_steps']} steps"})
+    return cards
+
+
+def _sample_table(samples: dict[str, Any], shown: int) -> list[dict[str, Any]]:
+    rows = []
+    scores = samples.get("scores")
+    for i in range(min(shown, len(samples["prompts"]))):
+        a, b = (scores["policy"][i], scores["reference"][i]) if scores else (None, None)
+        rows.append(
+            {
+                "prompt": samples["prompts"][i].strip(),
+                "policy": samples["texts"]["policy"][i].strip() or "(empty)",
+                "reference": samples["texts"]["reference"][i].strip() or "(empty)",
+                "policy_score": None if a is None else f"{a:+.2f}",
+                "ref_score": None if b is None else f"{b:+.2f}",
+                "policy_better": a is not None and a > b,
+                "ref_better": a is not None and b > a,
+            }
+        )
+    return rows
+
+
+def write_report(
+    workdir: pathlib.Path,
+    config: Config,
+    summary: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    results: PairResults,
+    samples: dict[str, Any] | None,
+    *,
+    shown: int = 12,
+) -> pathlib.Path:
+    """Writes WORKDIR/report.html, with everything in the one file.
+
+    Args:
+      summary: what summary.json holds.
+      rows: of metrics.jsonl.
+      results: of the held-out pairs at the end.
+      samples: prompts, texts and scores of policy and reference, or None.
+      shown: how many samples are printed side by side.
+    """
+    splits = _splits(results)
+    settings = [f"{config.loss.name}, beta {config.loss.beta}", f"{config.batch_size} pairs a step"]
+    settings.append(f"{config.optim.name} at {config.optim.learning_rate:g}")
+    data = config.data.train or "embedded world"
+    counts = (summary["train_rows"], summary["eval_rows"])
+    names = sorted(set(counts[0]) | set(counts[1]))
+    sample_rows: list[tuple[str, str, str]] = []
+    if samples:
+        sample_rows = [
+            ("mean length (tokens)", f"{summary['mean_length']:.1f}", f"{summary['reference_mean_length']:.1f}"),
+            ("distinct-2", f"{summary['distinct_2']:.3f}", f"{summary['reference_distinct_2']:.3f}"),
+        ]
+        if "mean_reward" in summary:
+            sample_rows.append(("mean reward", f"{summary['mean_reward']:+.2f}", f"{summary['reference_mean_reward']:+.2f}"))
+    c = config.sample
+    page = PAGE.render(
+        name=workdir.name,
+        title=f"DPO on {pathlib.Path(data).name if config.data.train else data}",
+        subtitle=" · ".join([*settings, f"{summary['num_steps']} steps", f"seed {config.seed}"]),
+        cards=_cards(summary, splits),
+        curves=_png(plot_curves(rows)),
+        curves_note="Rewards are beta log pi/ref. Both log-probs may fall while the margin grows: DPO trains the difference.",
+        heldout=_png(plot_heldout(results)),
+        splits=splits,
+        samples=_sample_table(samples, shown) if samples else [],
+        sample_plot=_png(plot_samples(samples)) if samples else "",
+        num_samples=summary.get("num_samples", 0),
+        sample_rows=sample_rows,
+        sample_note=f"One sample each: temperature {c.temperature:g}, top-k {c.top_k or 'off'}, top-p {c.top_p if c.top_p < 1 else 'off'}"
+        + ("; the better one by the reward is tinted; ties count half." if config.sample.reward else "."),
+        data_rows=[(n.replace("/", ": ").replace("_", " "), counts[0].get(n, 0), counts[1].get(n, 0)) for n in names],
+        program_rows=[(n, p["compiled"], f"{p['seconds']:.1f}") for n, p in summary["programs"].items() if p["compiled"]],
+        config=json.dumps(to_dict(config), indent=2),
+    )
+    path = workdir / "report.html"
+    temporary = workdir / "report.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,115 @@
+"""At start-up: does this very run compute DPO? A few real triples, through the real model and both layouts."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.config import LossConfig
+from dpojax.data.packing import PackedBatch
+from dpojax.data.pipeline import PackGroups, make_shape
+from dpojax.errors import NumericsError
+from dpojax.losses import closed_form, make_loss
+from dpojax.models import Model
+from dpojax.train import make_eval_step, make_token_logps_step
+
+# |log-ratio| over the sum of |token log-probs| of a response, where policy == reference.
+RATIO_BOUND = {"float32": 1e-6, "bfloat16": 1e-2}
+# Largest difference of a token's log-prob between the layouts, nats.
+LAYOUT_BOUND = {"float32": 2e-5, "bfloat16": 0.25}
+
+
+class CheckResult(NamedTuple):
+    """What was measured."""
+
+    loss: float
+    expected: float
+    worst_ratio: float  # |log-ratio| / sum |token log-probs|
+    worst_layout: float  # nats
+
+
+def self_check(
+    model: Model,
+    params,
+    ref_params,
+    pack: PackGroups,
+    loss: LossConfig,
+    *,
+    dtype: str,
+    num_shards: int,
+    put: Callable[[PackedBatch], PackedBatch],
+    max_triples: int = 4,
+) -> CheckResult:
+    """Checks the loss, the rewards and the packing on the first triples of the data.
+
+    At policy == reference the loss must have its closed-form value (log 2 for DPO) and the rewards must be
+    0 within RATIO_BOUND; the separate layout must give the same token log-probs within LAYOUT_BOUND.
+
+    Raises: NumericsError naming what disagrees.
+    """
+    count = min(max_triples, len(pack.index.rows))
+    picked = range(count)
+    index = pack.index._replace(
+        rows=pack.index.rows[:count],
+        prompt_lengths=pack.index.prompt_lengths[:count],
+        response_offsets=pack.index.response_offsets[: count + 1],
+        response_lengths=pack.index.response_lengths[: pack.index.response_offsets[count]],
+        pair_offsets=pack.index.pair_offsets[: count + 1],
+        chosen=pack.index.chosen[: pack.index.pair_offsets[count]],
+        rejected=pack.index.rejected[: pack.index.pair_offsets[count]],
+    )
+    replicated = jax.sharding.NamedSharding(next(iter(jax.tree.leaves(params))).sharding.mesh, jax.sharding.PartitionSpec())
+    tokens: dict[str, dict[tuple, np.ndarray]] = {}
+    results = None
+    for layout in ("shared", "separate"):
+        shape = make_shape(
+            [index], layout=layout, num_groups=count, num_shards=num_shards, micro_batch_tokens=4096, row_tokens=0
+        )
+        packer = PackGroups(pack.data, index, shape, pack.shards, pack.pad_id)
+        batch, _ = packer(picked)
+        on_device = put(batch)
+        chunk = 128
+        logps = jax.jit(make_token_logps_step(model, chunk=chunk), out_shardings=replicated)(params, on_device)
+        scored = jax.device_get(jax.jit(lambda b: (b.slot, b.weight, b.target), out_shardings=replicated)(on_device))
+        tokens[layout] = {"logps": _by_response(np.asarray(logps), *scored)}
+        if layout == "shared":
+            step = make_eval_step(model, make_loss(loss.name, **{**loss.settings(), "sft_weight": None}), chunk=chunk)
+            results = jax.device_get(jax.jit(step, out_shardings=replicated)(params, ref_params, on_device))
+    assert results is not None
+    valid = results.row_id >= 0
+    expected = closed_form(loss.name, **loss.settings())
+    mean = float(results.loss[valid].mean())
+    scale = np.concatenate([np.abs(results.policy_chosen[valid]), np.abs(results.policy_rejected[valid])])
+    ratio = np.concatenate([
+        np.abs(results.policy_chosen - results.ref_chosen)[valid],
+        np.abs(results.policy_rejected - results.ref_rejected)[valid],
+    ])  # fmt: skip
+    worst_ratio = float((ratio / np.maximum(scale, 1e-9)).max())
+    a, b = tokens["shared"]["logps"], tokens["separate"]["logps"]
+    if a.keys() != b.keys():
+        raise NumericsError("self-check: the two layouts score different responses; this is a bug, please report it")
+    worst_layout = max(float(np.abs(a[k] - b[k]).max()) for k in a)
+    result = CheckResult(mean, expected, worst_ratio, worst_layout)
+    if not worst_ratio <= RATIO_BOUND[dtype]:
+        raise NumericsError(
+            f"self-check: at policy == reference a log-ratio is {worst_ratio:.1e} of its log-prob, above {RATIO_BOUND[dtype]:.0e}: "
+            "the reference is computed differently from the policy (see reference.dtype)"
+        )
+    if not math.isclose(mean, expected, rel_tol=1e-3 if dtype == "float32" else 0.2):
+        raise NumericsError(f"self-check: the {loss.name} loss at policy == reference is {mean:.6f}, not {expected:.6f}")
+    if not worst_layout <= LAYOUT_BOUND[dtype]:
+        raise NumericsError(f"self-check: the layouts differ by {worst_layout:.1e} nats in a token's log-prob")
+    return result
+
+
+def _by_response(logps, slot, weight, target) -> dict[tuple, np.ndarray]:
+    """Token log-probs [M, A, T] keyed by the response's token ids, which both layouts share."""
+    out = {}
+    for m, a in np.ndindex(*logps.shape[:2]):
+        used = weight[m, a] > 0
+        for s in np.unique(slot[m, a][used]):
+            own = used & (slot[m, a] == s)
+            out[tuple(target[m, a][own].tolist())] = logps[m, a][own]
+    return out
