@@ -70,9 +70,9 @@ def default() -> ConfigDict:
     # Sizes of random weights; model.init brings its own.
     c.model.hidden_size = 128
     c.model.intermediate_size = 352
-    c.model.num_layers = 4
+    c.model.num_layers = 2
     c.model.num_heads = 4
-    c.model.num_kv_heads = 2
+    c.model.num_kv_heads = 4
     c.model.head_dim = 32
     c.model.norm = "rms"
     c.model.norm_eps = 1e-5
@@ -83,15 +83,16 @@ def default() -> ConfigDict:
     c.model.attention_bias = False
     c.model.mlp_bias = False
     c.model.max_positions = 1024
-    c.model.init_std = 0.02
+    c.model.init_std = 0.08
 
     c.sft = ConfigDict()
-    c.sft.num_steps = 500
+    c.sft.num_steps = 300
     c.sft.data = ""  # "": the chosen responses; the embedded world has demonstrations of its own
     c.sft.batch_size = 16  # prompts
-    c.sft.learning_rate = 2e-3
+    c.sft.learning_rate = 5e-3
     c.sft.schedule = "cosine"
     c.sft.warmup_steps = 50
+    c.sft.b2 = 0.95  # of its optimizer (config.optim otherwise): a short run wants a short memory
 
     c.loss = ConfigDict()
     c.loss.name = "sigmoid"
@@ -108,7 +109,7 @@ def default() -> ConfigDict:
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # rmsprop, adafactor, lion
-    c.optim.learning_rate = 2e-4
+    c.optim.learning_rate = 3e-4
     c.optim.schedule = "linear"  # constant, cosine
     c.optim.warmup_steps = 15
     c.optim.weight_decay = 0.0

@@ -85,6 +85,7 @@ class SftConfig:
     learning_rate: float
     schedule: str
     warmup_steps: int
+    b2: float | None  # in place of optim.b2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -450,7 +450,8 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
     schedule = make_schedule(
         c.sft.schedule, learning_rate=c.sft.learning_rate, warmup_steps=c.sft.warmup_steps, num_steps=c.sft.num_steps
     )
-    optimizer = make_optimizer(c.optim, schedule, policy.model.axes)
+    optim = c.optim if c.sft.b2 is None else dataclasses.replace(c.optim, b2=c.sft.b2)
+    optimizer = make_optimizer(optim, schedule, policy.model.axes)
     sums = functools.partial(sft_sums, policy.model, c.model.logps_chunk_tokens)
     params = initial_params(job, policy)
     prints = fingerprints(job, data.sft, policy, sft=dataclasses.asdict(c.sft), init=_digest(checkpoint.checksums(params)))

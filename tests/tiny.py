@@ -1,0 +1,108 @@
+"""A tiny decoder and random token groups, for tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpojax.data.packing import PackShape, TokenGroup, TokenPair, pack_step, plan_step, step_shape
+from dpojax.models import ModelConfig, make_decoder
+from dpojax.models.attention import blocked_attention, full_attention
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    norm="rms",
+    norm_eps=1e-5,
+    mlp="gated",
+    activation="silu",
+    rope_theta=10000.0,
+    tie_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    max_positions=512,
+    init_std=0.1,
+)
+
+
+def model(config=CONFIG, *, full=False, remat="none"):
+    attention = full_attention if full else functools.partial(blocked_attention, block=16)
+    return make_decoder(
+        config,
+        attention=attention,
+        dtype=jnp.dtype("float32"),
+        param_dtype=jnp.dtype("float32"),
+        remat=remat,
+        constrain=lambda x: x,
+    )
+
+
+def params(m, seed=0):
+    return m.init(jax.random.key(seed))
+
+
+def groups(rng: np.random.Generator, count: int, *, responses: int = 2, longest: int = 30) -> list[TokenGroup]:
+    """Random groups; every two responses of a group make a pair."""
+    made = []
+    for row in range(count):
+        ids = lambda: rng.integers(0, CONFIG.vocab_size, int(rng.integers(1, longest))).astype(np.int32)  # noqa: E731
+        pairs = tuple(TokenPair(i, j, 1.0, 1.0, 0.0) for i in range(responses) for j in range(i + 1, responses))
+        made.append(TokenGroup(ids(), tuple(ids() for _ in range(responses)), pairs, row))
+    return made
+
+
+def pack(made: list[TokenGroup], *, layout="shared", row_tokens=128, shard_rows=2, num_shards=1, num_groups=None, shards=None):
+    """(batch, shape) of one step."""
+    prompts = [len(g.prompt) for g in made]
+    responses = [[len(r) for r in g.responses] for g in made]
+    totals = sorted((x + sum(ys) for x, ys in zip(prompts, responses, strict=True)), reverse=True)
+    shape: PackShape = step_shape(
+        layout=layout,
+        row_tokens=row_tokens,
+        shard_rows=shard_rows,
+        num_shards=num_shards,
+        num_groups=num_groups or len(made),
+        max_responses=max(map(len, responses)),
+        max_pairs=max(len(g.pairs) for g in made),
+        longest=totals,
+    )
+    batch = pack_step(
+        plan_step(prompts, responses, shape),
+        shape,
+        lambda i: made[i],
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        pairs=[g.pairs for g in made],
+        shards=list(range(num_shards)) if shards is None else shards,
+        pad_id=0,
+        with_ref=made[0].ref_logps is not None,
+    )
+    return batch, shape
+
+
+def by_response(batch, logps):
+    """Token log-probs [M, A, T] by (first pair row, response ids): comparable between layouts."""
+    found = {}
+    logps = np.asarray(logps)
+    for m, a in np.ndindex(*logps.shape[:2]):
+        used = batch.weight[m, a] > 0
+        for s in np.unique(batch.slot[m, a][used]):
+            own = used & (batch.slot[m, a] == s)
+            found[tuple(batch.target[m, a][own].tolist())] = logps[m, a][own]
+    return found
+
+
+def naive_logps(m, p, prompt, response):
+    """log pi(response | prompt) token by token: one unpadded sequence through full attention and log_softmax."""
+    tokens = jnp.asarray([[*prompt, *response]])
+    one = jnp.ones_like(tokens)
+    hidden = m.hidden_states(p, tokens, jnp.arange(tokens.shape[1])[None], one, one * 0)
+    logits = jax.nn.log_softmax(m.unembed(m.head(p), hidden)[0], axis=-1)
+    index = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return np.asarray(logits[index, np.asarray(response)])
