@@ -239,25 +239,21 @@ class Cut(NamedTuple):
 
 def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
     """The prompt's ids and how many were cut: from the left, BOS kept."""
-    bos = tokenizer.bos_id if tokenizer else None
-    if isinstance(prompt, str):
-        assert tokenizer is not None
-        ids = ([] if bos is None else [bos]) + tokenizer.encode_prompt(prompt)
-    else:
-        ids = list(prompt)
-    cut = max(0, len(ids) - limit)
-    if cut:
-        ids = [bos, *ids[cut + 1 :]] if bos is not None and ids[0] == bos else ids[cut:]
-    return ids, cut
+    if not isinstance(prompt, str):
+        return list(prompt), 0  # ready ids are used as they are
+    assert tokenizer is not None
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = tokenizer.encode_prompt(prompt)
+    cut = max(0, len(first) + len(ids) - limit)
+    return first + ids[cut:], cut
 
 
 def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
     """The response's ids, EOS at the end unless it was cut, and how many were cut: from the right."""
-    if isinstance(response, str):
-        assert tokenizer is not None
-        ids = [*tokenizer.encode_continuation(response), tokenizer.eos_id]
-    else:
-        ids = list(response)
+    if not isinstance(response, str):
+        return list(response), 0  # ready ids are used as they are
+    assert tokenizer is not None
+    ids = [*tokenizer.encode_continuation(response), tokenizer.eos_id]
     return ids[:limit], max(0, len(ids) - limit)
 
 
