@@ -103,9 +103,7 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         folder.mkdir(parents=True, exist_ok=True)
-        self.strays = sorted(
-            p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists())
-        )
+        self.strays = sorted(p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists()))
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             context=context,
@@ -195,7 +193,7 @@ class Checkpoints:
             saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        describe = lambda x: (tuple(x.shape), str(np.dtype(x.dtype)))  # noqa: E731
+        describe = lambda x: (tuple(x.shape), str(np.dtype(x.dtype)))
         have = {tuple(map(_key, p)): describe(x) for p, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
         for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
             name = tuple(map(_key, path))

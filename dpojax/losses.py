@@ -199,9 +199,7 @@ def make_loss(name: str, **settings) -> Loss:
         ref = jax.lax.stop_gradient(ref)  # the one place where the reference is cut off
         value = function(policy, ref, **full)
         if info is not None and info.soft_label is not None:
-            swapped = [
-                PairLogps(x.rejected, x.chosen, x.rejected_lengths, x.chosen_lengths) for x in (policy, ref)
-            ]
+            swapped = [PairLogps(x.rejected, x.chosen, x.rejected_lengths, x.chosen_lengths) for x in (policy, ref)]
             value = info.soft_label * value + (1 - info.soft_label) * function(*swapped, **full)
         if sft_weight:
             value = value + sft_weight * sft_loss(policy, info, normalize=sft_normalize)

@@ -36,4 +36,5 @@ class Program:
         if analysis is None:
             return ""
         gib = 2**30
-        return f", {analysis.argument_size_in_bytes / gib:.2f} GiB arguments, {analysis.temp_size_in_bytes / gib:.2f} GiB temporary"
+        arguments, temporary = analysis.argument_size_in_bytes / gib, analysis.temp_size_in_bytes / gib
+        return f", {arguments:.2f} GiB arguments, {temporary:.2f} GiB temporary"

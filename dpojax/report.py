@@ -99,7 +99,10 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
             ("loss", [("loss", "train", TRAIN), ("eval_loss", "held out", EVAL)]),
             ("reward accuracy", [("rewards/accuracies", "train", TRAIN), ("eval_rewards/accuracies", "held out", EVAL)]),
             ("rewards, held out", [("eval_rewards/chosen", "chosen", CHOSEN), ("eval_rewards/rejected", "rejected", REJECTED)]),
-            ("log-probs, held out (nats)", [("eval_logps/chosen", "chosen", CHOSEN), ("eval_logps/rejected", "rejected", REJECTED)]),
+            (
+                "log-probs, held out (nats)",
+                [("eval_logps/chosen", "chosen", CHOSEN), ("eval_logps/rejected", "rejected", REJECTED)],
+            ),
             ("gradient norm", [("grad_norm", "train", TRAIN)]),
             ("SFT loss (nats per token)", [("sft_loss", "train", TRAIN)])
             if has_sft
@@ -123,7 +126,8 @@ def plot_heldout(results: PairResults) -> Any:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
         both = np.concatenate([results.chosen_rewards, results.rejected_rewards])
-        bins = np.linspace(*np.percentile(both, [0.5, 99.5]) + np.array([-1e-6, 1e-6]), 41)
+        low, high = np.percentile(both, [0.5, 99.5])
+        bins = np.linspace(low - 1e-6, high + 1e-6, 41)
         axes[0].hist(results.chosen_rewards, bins, alpha=0.6, color=CHOSEN, label="chosen")
         axes[0].hist(results.rejected_rewards, bins, alpha=0.6, color=REJECTED, label="rejected")
         axes[0].set_title("implicit rewards", loc="left")

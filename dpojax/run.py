@@ -29,8 +29,7 @@ from dpojax.data.triples import DROPPED, RowReader
 from dpojax.errors import CheckpointError, ConfigError, NumericsError
 from dpojax.losses import make_loss
 from dpojax.metrics import MetricsLog, Progress, duration, say
-from dpojax.models import Model, ModelConfig, make_decoder
-from dpojax.models import hf
+from dpojax.models import Model, ModelConfig, hf, make_decoder
 from dpojax.models.attention import make_attention
 from dpojax.models.table import num_params
 from dpojax.optim import make_optimizer, make_schedule
@@ -358,7 +357,7 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> T
 
 def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) -> TrainState:
     """The stage's newest checkpoint, or step 0 from `params`."""
-    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # noqa: E731
+    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     abstract = jax.eval_shape(init, policy.abstract)
     shardings = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     if stage.checkpoints.strays:
@@ -433,9 +432,9 @@ def _stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
 
 
 def _train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator) -> Program:
-    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)  # noqa: E731
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)
     step = make_train_step(sums, denominator, optimizer, constrain)
-    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # noqa: E731
+    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     abstract = jax.eval_shape(init, policy.abstract)
     state = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
@@ -491,7 +490,7 @@ def open_caches(job: Job, data: Data, policy: Policy, ref: Any, weights, shape: 
     c = job.config
     step = make_token_logps_step(policy.model, chunk=c.model.logps_chunk_tokens)
     program = job.program("reference_pass", step, out_shardings=job.replicated)
-    token_logps = lambda batch: np.asarray(program(ref, sharding.put_batch(batch, job.mesh)))  # noqa: E731
+    token_logps = lambda batch: np.asarray(program(ref, sharding.put_batch(batch, job.mesh)))
     caches = []
     for name, dataset, index in (("train", data.train, data.train_index), ("eval", data.eval, data.eval_index)):
         key = reference.cache_key(
@@ -569,12 +568,10 @@ def generate_samples(job: Job, data: Data, policy: Policy, params, ref) -> dict[
     rows = [int(r) for r in data.eval_index.rows[:count]]
     prompts = [data.eval.token_group(r)[0].prompt.tolist() for r in rows]
     batch = -(-min(c.batch_size, count) // shards) * shards
-    settings = sampling.SampleSettings(
-        c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, tokenizer.pad_id
-    )
+    settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, tokenizer.pad_id)
     sampler = job.program("sampler", sampling.make_sampler(policy.model, settings), out_shardings=job.replicated)
     rows_sharding = sharding.rows_sharding(job.mesh, leading=0)
-    put = lambda x: jax.make_array_from_callback(x.shape, rows_sharding, lambda index: x[index])  # noqa: E731
+    put = lambda x: jax.make_array_from_callback(x.shape, rows_sharding, lambda index: x[index])
     common = dict(batch_size=batch, pad_id=tokenizer.pad_id, put=put, fetch=np.asarray)
     sampled = {}
     for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
@@ -639,7 +636,9 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
             "win_rate": rate.value,
             "win_rate_low": rate.low,
             "win_rate_high": rate.high,
-            "win_rate_length_controlled": evaluate.length_controlled_win_rate(*scores.values(), difference.tolist()),
+            "win_rate_length_controlled": evaluate.length_controlled_win_rate(
+                scores["policy"], scores["reference"], difference.tolist()
+            ),
             "mean_reward": float(np.mean(scores["policy"])),
             "reference_mean_reward": float(np.mean(scores["reference"])),
         }
@@ -725,7 +724,12 @@ def run(config: Config, workdir: pathlib.Path, stop: Callable[[int], int]) -> di
         prefix="",
         num_steps=config.num_steps,
         step_program=_train_program(
-            job, "dpo_step", policy, optimizer, functools.partial(preference_sums, policy.model, loss, chunk), lambda b: b.num_pairs
+            job,
+            "dpo_step",
+            policy,
+            optimizer,
+            functools.partial(preference_sums, policy.model, loss, chunk),
+            lambda b: b.num_pairs,
         ),
         batches=_stream(job, train_pack, groups, config.num_steps),
         schedule=schedule,
@@ -780,7 +784,9 @@ def _finished(job: Job) -> dict[str, Any] | None:
     except (ValueError, OSError):
         return None
     if same and summary.get("num_steps", 0) >= job.config.num_steps:
-        job.say(f"{job.workdir}: finished, {summary['num_steps']} steps; a larger --config.num_steps goes on; {job.workdir / 'report.html'}")
+        job.say(
+            f"{job.workdir}: finished, {summary['num_steps']} steps; a larger --config.num_steps goes on; {job.workdir / 'report.html'}"
+        )
         return summary
     return None
 

@@ -165,7 +165,7 @@ def make_scorer(model: Model, *, prompt_width: int, num_shards: int, chunk: int)
         predictor = jnp.broadcast_to(predictor, (num_shards, predictor.size))
         target = tokens[:, prompt_width:].reshape(num_shards, -1)
         count = jnp.asarray(target.shape[1])
-        logps = token_logps(model.unembed, model.head(params), hidden, predictor, target, count, chunk)
+        logps: Array = token_logps(model.unembed, model.head(params), hidden, predictor, target, count, chunk)
         return jnp.sum(jnp.where(valid[:, prompt_width:], logps.reshape(rows, -1), 0.0), axis=1)
 
     return score

@@ -73,7 +73,7 @@ def self_check(
         chunk = 128
         logps = jax.jit(make_token_logps_step(model, chunk=chunk), out_shardings=replicated)(params, on_device)
         scored = jax.device_get(jax.jit(lambda b: (b.slot, b.weight, b.target), out_shardings=replicated)(on_device))
-        tokens[layout] = {"logps": _by_response(np.asarray(logps), *scored)}
+        tokens[layout] = _by_response(np.asarray(logps), *scored)
         if layout == "shared":
             step = make_eval_step(model, make_loss(loss.name, **{**loss.settings(), "sft_weight": None}), chunk=chunk)
             results = jax.device_get(jax.jit(step, out_shardings=replicated)(params, ref_params, on_device))
@@ -87,14 +87,14 @@ def self_check(
         np.abs(results.policy_rejected - results.ref_rejected)[valid],
     ])  # fmt: skip
     worst_ratio = float((ratio / np.maximum(scale, 1e-9)).max())
-    a, b = tokens["shared"]["logps"], tokens["separate"]["logps"]
+    a, b = tokens["shared"], tokens["separate"]
     if a.keys() != b.keys():
         raise NumericsError("self-check: the two layouts score different responses; this is a bug, please report it")
     worst_layout = max(float(np.abs(a[k] - b[k]).max()) for k in a)
     result = CheckResult(mean, expected, worst_ratio, worst_layout)
     if not worst_ratio <= RATIO_BOUND[dtype]:
         raise NumericsError(
-            f"self-check: at policy == reference a log-ratio is {worst_ratio:.1e} of its log-prob, above {RATIO_BOUND[dtype]:.0e}: "
+            f"self-check: at policy == reference a log-ratio is {worst_ratio:.1e} of its log-prob, over {RATIO_BOUND[dtype]:.0e}: "
             "the reference is computed differently from the policy (see reference.dtype)"
         )
     if not math.isclose(mean, expected, rel_tol=1e-3 if dtype == "float32" else 0.2):

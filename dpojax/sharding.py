@@ -71,7 +71,7 @@ def param_shardings(params: Any, axes: Any, mesh: Mesh, rules: Mapping[str, str]
     for axis, target in rules.items():
         if target and target not in MESH_AXES:
             raise ConfigError(f"mesh rule {axis}={target!r}: the mesh has the axes {', '.join(MESH_AXES)}")
-    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_axes = lambda x: isinstance(x, tuple)
     specs = jax.tree.map(lambda a, x: _spec(x.shape, a, mesh, rules), axes, params, is_leaf=is_axes)
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 

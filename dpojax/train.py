@@ -159,7 +159,7 @@ def make_train_step(
 
         # The first carry has the sums' structure without running them.
         (_, (logged, _)) = jax.eval_shape(sums, state.params, ref_params, micro_batch(batch, 0))
-        zero = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+        zero = lambda x: jnp.zeros(x.shape, jnp.float32)
         start = (
             (jnp.zeros((), jnp.float32), jax.tree.map(zero, logged)),
             constrain_params(jax.tree.map(zero, state.params)),
@@ -171,7 +171,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         new_state = TrainState(
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),

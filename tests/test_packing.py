@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpojax.data.packing import plan_step, step_shape, visible, waste
 from dpojax.losses import make_loss
 from dpojax.models.attention import blocked_attention, full_attention
-from dpojax.train import make_token_logps_step, preference_sums, micro_batch
+from dpojax.train import make_token_logps_step, micro_batch, preference_sums
 
 MODEL = tiny.model()
 PARAMS = tiny.params(MODEL)
@@ -44,7 +44,7 @@ def loss_and_grad(batch, model=MODEL):
 
 
 def relative(a, b):
-    norm = lambda t: float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(t))))  # noqa: E731
+    norm = lambda t: float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(t))))
     return norm(jax.tree.map(jnp.subtract, a, b)) / norm(b)
 
 
@@ -98,7 +98,7 @@ def test_blocked_attention_equals_the_full_mask_with_gradients():
     real = (group > 0)[..., None, None]
 
     def run(attention):
-        f = lambda q, k, v: jnp.sum(jnp.where(real, jnp.sin(attention(q, k, v, group, branch)), 0.0))  # noqa: E731
+        f = lambda q, k, v: jnp.sum(jnp.where(real, jnp.sin(attention(q, k, v, group, branch)), 0.0))
         return jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v)
 
     (a, ga), (b, gb) = run(lambda *x: blocked_attention(*x, block=32)), run(full_attention)
@@ -121,7 +121,7 @@ def test_the_first_response_token_is_predicted_at_the_last_prompt_token():
     for layout in ("shared", "separate"):
         made = tiny.groups(np.random.default_rng(3), 4)
         batch, shape = tiny.pack(made, layout=layout)
-        flat = lambda x, m: x[m].reshape(-1)  # noqa: E731
+        flat = lambda x, m: x[m].reshape(-1)
         for m in range(int(batch.num_micro)):
             used = batch.weight[m, 0] > 0
             first = np.diff(batch.slot[m, 0][used], prepend=-1) != 0
@@ -164,7 +164,7 @@ def test_remat_is_on_and_changes_nothing():
     plain = loss_and_grad(batch)
     for name in ("full", "dots"):
         model = tiny.model(remat=name)
-        f = lambda p, m=model: preference_sums(m, make_loss("sigmoid", beta=0.5), 32, p, PARAMS, micro_batch(batch, 0))[0]  # noqa: E731
+        f = lambda p, m=model: preference_sums(m, make_loss("sigmoid", beta=0.5), 32, p, PARAMS, micro_batch(batch, 0))[0]
         assert "remat" in str(jax.make_jaxpr(jax.grad(f))(PARAMS))
         value, grad = loss_and_grad(batch, model)
         assert abs(float(value - plain[0])) < 1e-6 and relative(grad, plain[1]) < 1e-5

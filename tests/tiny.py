@@ -51,7 +51,7 @@ def groups(rng: np.random.Generator, count: int, *, responses: int = 2, longest:
     """Random groups; every two responses of a group make a pair."""
     made = []
     for row in range(count):
-        ids = lambda: rng.integers(0, CONFIG.vocab_size, int(rng.integers(1, longest))).astype(np.int32)  # noqa: E731
+        ids = lambda: rng.integers(0, CONFIG.vocab_size, int(rng.integers(1, longest))).astype(np.int32)
         pairs = tuple(TokenPair(i, j, 1.0, 1.0, 0.0) for i in range(responses) for j in range(i + 1, responses))
         made.append(TokenGroup(ids(), tuple(ids() for _ in range(responses)), pairs, row))
     return made

@@ -126,7 +126,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         dropped = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
         raise DataError(f"{data.records.name}: none of its {data.records.size} rows is usable ({dropped or 'bad lines'})")
     arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected)
-    return Index(*(np.asarray(a, np.int64) for a in arrays), dict(counts)), bad
+    return Index._make([*(np.asarray(a, np.int64) for a in arrays), dict(counts)]), bad
 
 
 def load_or_build_index(
@@ -143,7 +143,7 @@ def load_or_build_index(
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = [file[name] for name in Index._fields[:-1]]
-                return Index(*arrays, json.loads(str(file["counts"])))
+                return Index._make([*arrays, json.loads(str(file["counts"]))])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
     index, bad = build_index(data, on_bad_line=on_bad_line, max_bad_share=max_bad_share, progress=progress)

@@ -30,11 +30,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
 
-    def encode_prompt(self, text: str) -> list[int]: ...  # noqa: D102
-    def encode_continuation(self, text: str) -> list[int]: ...  # noqa: D102
-    def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
-    def piece(self, token: int) -> str: ...  # noqa: D102
-    def save(self, folder: pathlib.Path) -> None: ...  # noqa: D102
+    def encode_prompt(self, text: str) -> list[int]: ...
+    def encode_continuation(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, token: int) -> str: ...
+    def save(self, folder: pathlib.Path) -> None: ...
 
 
 class SentencePieceTokenizer:
@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
 
     def _load(self):
         # Two processors: a prompt gets the model's dummy prefix, a continuation does not.
-        spec = sentencepiece_model_pb2.ModelProto()
+        spec = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         try:
             self._prompt = sentencepiece.SentencePieceProcessor(model_proto=self.model)
             spec.ParseFromString(self.model)

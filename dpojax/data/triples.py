@@ -167,7 +167,7 @@ def _ranked(row: Row, where: str) -> Group:
     for i in range(len(responses)):
         for j in range(i + 1, len(responses)):
             if scores[i] != scores[j] and slot[i] != slot[j]:
-                w, l = (i, j) if scores[i] > scores[j] else (j, i)  # noqa: E741
+                w, l = (i, j) if scores[i] > scores[j] else (j, i)
                 pairs.append(TokenPair(slot[w], slot[l], 1.0, 1.0, scores[w] - scores[l]))
     if not pairs:
         raise Dropped("no_preference")
@@ -184,9 +184,7 @@ def _split_transcript(text: str, where: str) -> tuple[str, str]:
     """
     turns = list(_TURN.finditer(text))
     if not turns:
-        raise DataError(
-            f"{where}: no column 'prompt', and 'chosen' is no \"\\n\\nHuman: ...\\n\\nAssistant: ...\" transcript"
-        )
+        raise DataError(f"{where}: no column 'prompt', and 'chosen' is no \"\\n\\nHuman: ...\\n\\nAssistant: ...\" transcript")
     last = turns[-1]
     if last.group(1) != "Assistant" or len(turns) < 2:
         raise Dropped("role_order")

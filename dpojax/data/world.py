@@ -39,8 +39,7 @@ PLACES = (
 ).split()
 AMOUNTS = "40 60 75 90 120 150 180 200 250 300 350 400 450 500 600 700 800 900 1000 1200".split()
 FEELINGS = (
-    "furious sad confused anxious hurt ashamed bitter jealous tired hopeless nervous guilty annoyed worried shocked "
-    "lonely"
+    "furious sad confused anxious hurt ashamed bitter jealous tired hopeless nervous guilty annoyed worried shocked lonely"
 ).split()
 QUESTIONS = (
     "forgive them|call the police|ask for money|move out|talk to a lawyer|tell our family|wait a month|buy a new one|"

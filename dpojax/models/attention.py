@@ -155,7 +155,7 @@ def blocked_attention(
     starts = jnp.concatenate([jnp.ones((rows, 1), bool), group[:, 1:] != group[:, :-1]], axis=1)
     index = jnp.broadcast_to(jnp.arange(length + padding), starts.shape)
     start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    split = lambda x: x.reshape(rows, count, block).transpose(1, 0, 2)  # noqa: E731
+    split = lambda x: x.reshape(rows, count, block).transpose(1, 0, 2)
     blocks = _Blocks(split(group), split(branch), split(start)[:, :, 0].min(axis=1) // block)
     out = _blocked(q, k, v, blocks)
     out = out.reshape(count, rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)

@@ -40,8 +40,6 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads, {self.num_heads}"
-            )
+            raise ValueError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads, {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even number")

@@ -222,9 +222,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, shardings: Any, dtype
         return jax.make_array_from_callback(shape, sharding, lambda index: buffers[str(index)])
 
     params: dict[str, Any] = {row.name: load(row, shardings[row.name], None) for row in model_rows(config)}
-    params["layers"] = {
-        row.name: load(row, shardings["layers"][row.name], config.num_layers) for row in layer_rows(config)
-    }
+    params["layers"] = {row.name: load(row, shardings["layers"][row.name], config.num_layers) for row in layer_rows(config)}
     extra = {n for n in tensors.where if n not in tensors.read and "rotary_emb.inv_freq" not in n}
     if extra:
         raise ConfigError(f"{folder}: the tensors {', '.join(sorted(extra)[:3])} belong to no parameter of this model")
