@@ -134,6 +134,19 @@ def test_two_processes_give_the_losses_of_one(plain, files, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
 
 
+def test_a_cached_reference_gives_the_losses_of_a_live_one_and_is_checked_before_use(plain, files, tmp_path):
+    run(files, tmp_path, **{"reference.mode": "cached"})
+    np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
+    (tmp_path / "summary.json").unlink()
+    assert "reference cache of train: loaded" in run(files, tmp_path, **{"reference.mode": "cached"})
+    damaged = next((tmp_path / "cache").glob("reference-train-*.npy"))
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    (tmp_path / "summary.json").unlink()
+    assert "reference cache of train: loaded" not in run(files, tmp_path, **{"reference.mode": "cached"})
+
+
 @pytest.mark.slow
 def test_sigterm_and_resume_are_bit_equal_to_an_uninterrupted_run(plain, files, tmp_path):
     process = subprocess.Popen(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from absl import flags
 
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import (
@@ -193,6 +194,8 @@ def train_batches(
     options = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=4)
     stream = steps.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, and dpojax parses its own command line
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(stream)
 

@@ -1,0 +1,207 @@
+"""Rows, groups, token ids and the order of the data."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from dpojax.data import world
+from dpojax.data.index import Dataset, build_index
+from dpojax.data.pipeline import PackGroups, groups_per_step, make_shape, step_positions, train_batches
+from dpojax.data.records import in_memory, open_records
+from dpojax.data.tokens import Limits, load_tokenizer, tokenize
+from dpojax.data.triples import Dropped, Group, RowReader
+from dpojax.errors import ConfigError, DataError
+
+TEXTS = [world.make_post(np.random.default_rng(i)).text + " It cost 40 dollars." for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return world.train_tokenizer(TEXTS)
+
+
+def read(row, template=""):
+    return RowReader(template).read(row, "file:1")
+
+
+def test_every_shape_of_row_becomes_the_same_group():
+    explicit = read({"prompt": "Hi?", "chosen": " Yes", "rejected": " No"})
+    assert (explicit.prompt, explicit.responses) == ("Hi?", (" Yes", " No"))
+    transcript = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    found = read({"chosen": transcript + " same start, one", "rejected": transcript + " same start, two"})
+    # split by message: a common prefix of the two responses is no part of the prompt
+    assert found.prompt == transcript and found.responses == (" same start, one", " same start, two")
+    message = lambda text: [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": text}]
+    found = read({"chosen": message("Yes"), "rejected": message("No")}, "{prompt} ->")
+    assert (found.prompt, found.responses) == ("Hi? ->", ("Yes", "No"))
+    ids = read({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]})
+    assert ids.prompt == (1, 2) and ids.responses == ((3,), (4,))
+
+
+def test_k_responses_make_all_pairs_that_differ_and_are_scored_once():
+    group = read({"prompt": "x", "responses": ["a", "b", "c", "a"], "scores": [1, 3, 1, 1]})
+    assert group.responses == ("a", "b", "c")
+    assert {(p.chosen, p.rejected, p.margin) for p in group.pairs} == {(1, 0, 2.0), (1, 2, 2.0)}
+    ranked = read({"prompt": "x", "responses": ["a", "b"], "ranks": [2, 1]})
+    assert ranked.pairs[0].chosen == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "identical"),
+        ({"prompt": "x", "chosen": " ", "rejected": "a"}, "empty_response"),
+        ({"prompt": "", "chosen": "b", "rejected": "a"}, "empty_prompt"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "prompt_mismatch"),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "role_order"),
+        ({"prompt": "x", "responses": ["a", "b"], "scores": [1, 1]}, "no_preference"),
+    ],
+)
+def test_rows_without_a_preference_are_dropped_with_a_reason(row, reason):
+    with pytest.raises(Dropped) as verdict:
+        read(row)
+    assert verdict.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is 3"),
+        ({"prompt": "x", "chosen": None, "rejected": "b"}, "'chosen' is None"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "weight": -1}, "'weight'"),
+        ({"prompt_ids": [1.5], "chosen_ids": [1], "rejected_ids": [2]}, "'prompt_ids'"),
+    ],
+)
+def test_rows_that_are_wrong_name_file_line_and_column(row, names):
+    with pytest.raises(DataError, match=f"file:1: .*{names}"):
+        read(row)
+
+
+def test_messages_without_a_template_are_a_config_error():
+    message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ConfigError, match="prompt_template"):
+        read({"chosen": message, "rejected": message})
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        (b'{"a": 1', "bad.jsonl:2"),
+        (b'{"a": 1, "a": 2}', "duplicate key 'a'"),
+        (b'{"a": "\xff"}', "bad.jsonl:2"),
+        (b'{"a": "\x00"}', "NUL"),
+        (b"[1]", "not an object"),
+    ],
+)
+def test_damaged_lines_name_file_and_line(tmp_path, line, names):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 0}\n' + line + b"\n")
+    records = open_records(str(path))
+    assert records.get(0) == {"a": 0}  # a BOM is no damage
+    with pytest.raises(DataError, match=names):
+        records.get(1)
+
+
+def test_every_file_format_holds_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(5)]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "x.jsonl").write_text(lines + "\n")
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "x.arrayrecord"), "group_size:1")
+    for row in rows:
+        writer.write(json.dumps(row).encode())
+    writer.close()
+    for name in ("x.jsonl", "x.jsonl.gz", "x.parquet", "x.arrayrecord"):
+        records = open_records(str(tmp_path / name))
+        assert [records.get(i) for i in range(records.size)] == rows, name
+
+
+def test_bos_eos_truncation_and_continuation(tokenizer):
+    group = Group("I feel sad.", (" It cost 40 dollars.", " I feel sad now."), ())
+    found, cut = tokenize(group, tokenizer, Limits(100, 100), 0)
+    assert found.prompt[0] == tokenizer.bos_id and cut.prompt == 0
+    assert all(r[-1] == tokenizer.eos_id for r in found.responses)
+    whole = tokenizer.decode([*found.prompt[1:].tolist(), *found.responses[0][:-1].tolist()])
+    assert whole == "I feel sad. It cost 40 dollars."  # nothing is put between prompt and response
+    short, cut = tokenize(group, tokenizer, Limits(3, 4), 0)
+    assert short.prompt.tolist() == [tokenizer.bos_id, *found.prompt[-2:].tolist()]  # cut from the left, BOS kept
+    assert short.responses[0].tolist() == found.responses[0][:4].tolist()  # cut from the right, no EOS
+    assert tokenizer.eos_id not in short.responses[0] and cut.responses[0] == len(found.responses[0]) - 4
+
+
+def test_real_tokenizers_encode_continuations_without_a_prefix(shared_data):
+    for name in ("tokenizers/llama2", "tokenizers/tinyllama", "tokenizers/gpt2", "models/TinyStories-656K"):
+        tokenizer = load_tokenizer(str(shared_data / name))
+        for text in ("Hello you", " Hello", "\n\nyes", "né 日本 🙂", ""):
+            prompt = tokenizer.encode_prompt("A story:")
+            joined = tokenizer.decode([*prompt, *tokenizer.encode_continuation(text)])
+            if "656K" not in name:  # its vocabulary lacks most characters
+                assert joined == "A story:" + text, (name, text)
+        assert tokenizer.eos_id not in tokenizer.encode_prompt("a </s> <|endoftext|> <|end_story|> b")  # text stays text
+
+
+def make_pack(tokenizer, count=40):
+    rows = [
+        {"prompt": t, "chosen": f" I feel sad {i}.", "rejected": " It cost 40 dollars."} for i, t in enumerate(TEXTS[:count])
+    ]
+    data = Dataset(in_memory("test", rows), RowReader(""), tokenizer, Limits(512, 64))
+    index, bad = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    assert not bad
+    shape = make_shape([index], layout="auto", num_groups=8, num_shards=2, micro_batch_tokens=1024, row_tokens=0)
+    return PackGroups(data, index, shape, (0, 1), tokenizer.pad_id)
+
+
+def test_the_order_is_a_pure_function_of_seed_and_step(tokenizer):
+    pack = make_pack(tokenizer)
+    steps = step_positions(pack.index, num_groups=8, seed=3, shuffle=True)
+    epochs = [sorted(g for i in range(e * 5, e * 5 + 5) for g in steps[i]) for e in range(2)]
+    assert epochs[0] == epochs[1] == list(range(40))  # every group once an epoch
+    assert steps[0] != steps[5]  # in a new order
+    options = dict(num_groups=8, seed=3, shuffle=True, stop=7, workers=0)
+    whole = [b.row_id for b, _ in train_batches(pack, start=0, **options)]
+    late = [b.row_id for b, _ in train_batches(pack, start=4, **options)]
+    np.testing.assert_array_equal(whole[4:], late)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_batches_of_threads(tokenizer):
+    pack = make_pack(tokenizer)
+    options = dict(num_groups=8, seed=3, shuffle=True, start=0, stop=4)
+    threads = [b for b, _ in train_batches(pack, workers=0, **options)]
+    workers = [b for b, _ in train_batches(pack, workers=2, **options)]
+    for a, b in zip(threads, workers, strict=True):
+        for name, x, y in zip(a._fields, a, b, strict=True):
+            if x is not None:
+                np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_a_batch_size_that_is_no_multiple_of_the_pairs_per_group_says_the_fix():
+    rows = [{"prompt": f"{i}", "responses": ["a", "b", "c"], "scores": [1, 2, 3]} for i in range(4)]
+    tokenizer = world.train_tokenizer(TEXTS)
+    data = Dataset(in_memory("k", rows), RowReader(""), tokenizer, Limits(64, 64))
+    index, _ = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    assert groups_per_step(index, batch_size=6, batch_groups=0) == 2
+    with pytest.raises(ConfigError, match=r"batch_size=8: .*e\.g\. 9"):
+        groups_per_step(index, batch_size=8, batch_groups=0)
+
+
+def test_the_world_reads_its_own_facts_and_rewards_the_truth():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        post = world.make_post(rng)
+        assert {k: world.read_facts(post.text)[k] for k in world.FACTS} == {k: post.facts[k] for k in world.FACTS}
+        f = post.facts
+        best = f" My {f['relation']} {f['name']} {f['verb']} my {f['object']} in {f['place']}. It cost {f['amount']} dollars."
+        best += f" I feel {f['feeling']}. Should I {f['question']}?"
+        assert world.reward(post.text, best) == 6
+        assert world.reward(post.text, best + " " + world.PADDING[0]) == 5
+        assert world.reward(post.text, best.replace(f["place"], "Nowhere")) < 5

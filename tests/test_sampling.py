@@ -1,0 +1,84 @@
+"""Sampling with a cache against the training forward, and the statistics of evaluation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dpojax import evaluate, sampling
+
+MODEL = tiny.model(full=True)
+PARAMS = tiny.params(MODEL)
+PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
+
+
+def generate(seed=0, batch_size=3, prompts=PROMPTS, **changes):
+    settings = dict(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, pad_id=0) | changes
+    sampler = jax.jit(sampling.make_sampler(MODEL, sampling.SampleSettings(**settings)))
+    return sampling.generate(
+        sampler, PARAMS, prompts, seed=seed, batch_size=batch_size, pad_id=0, put=jnp.asarray, fetch=np.asarray, progress=lambda n: None
+    )  # fmt: skip
+
+
+def test_sampled_log_probs_equal_the_training_forward():
+    responses, sums = generate()
+    for prompt, response, total in zip(PROMPTS, responses, sums, strict=True):
+        np.testing.assert_allclose(tiny.naive_logps(MODEL, PARAMS, prompt, response).sum(), total, atol=1e-4)
+    scorer = jax.jit(sampling.make_scorer(MODEL, prompt_width=64, num_shards=1, chunk=16))
+    scores = sampling.score_batches(
+        scorer, PARAMS, PROMPTS, responses, batch_size=2, max_new_tokens=12, pad_id=0, put=jnp.asarray, fetch=np.asarray
+    )
+    np.testing.assert_allclose(scores, sums, atol=1e-4)
+
+
+def test_a_sample_depends_on_its_prompt_and_key_and_not_on_its_neighbours():
+    alone, _ = generate(batch_size=1)
+    together, _ = generate(batch_size=3)
+    assert alone == together
+    assert generate(seed=1)[0] != together
+
+
+def test_greedy_is_the_argmax_token_by_token():
+    responses, _ = generate(temperature=0.0)
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        whole = jnp.asarray([[*prompt, *response]])
+        one = jnp.ones_like(whole)
+        hidden = MODEL.hidden_states(PARAMS, whole, jnp.cumsum(one, axis=1) - 1, one, one * 0)
+        best = jnp.argmax(MODEL.unembed(MODEL.head(PARAMS), hidden)[0], axis=-1)
+        assert best[len(prompt) - 1 : -1].tolist() == response
+
+
+def test_filters_keep_what_they_say():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    kept = lambda **k: (sampling.filter_logits(logits, **{"top_k": 0, "top_p": 1.0, **k}) > -jnp.inf)[0].tolist()
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_p=0.5) == [True, False, False, False]
+    assert kept(top_p=0.7) == [True, True, False, False]
+    assert kept() == [True] * 4
+
+
+def test_samples_follow_the_models_distribution():
+    settings = sampling.SampleSettings(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, pad_id=0)
+    sampler = jax.jit(sampling.make_sampler(MODEL, settings))
+    tokens, valid = jnp.full((4000, 4), 7), jnp.ones((4000, 4), bool)
+    keys = jax.random.key_data(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(4000)))
+    drawn = np.bincount(np.asarray(sampler(PARAMS, tokens, valid, keys).tokens)[:, 0], minlength=61) / 4000
+    expected = np.exp([tiny.naive_logps(MODEL, PARAMS, [7] * 4, [t])[0] for t in range(5)])
+    np.testing.assert_allclose(drawn[:5], expected, atol=5 * (0.25 / 4000) ** 0.5)
+
+
+def test_wilson_interval_and_win_rate():
+    rate = evaluate.wilson(50, 100)
+    np.testing.assert_allclose(rate, (0.5, 0.4038315, 0.5961685), atol=1e-6)  # textbook values
+    assert evaluate.win_rate([1, 2, 3], [0, 2, 4]).value == 0.5  # a win, a tie, a loss
+
+
+def test_length_control_takes_away_what_length_explains():
+    rng = np.random.default_rng(0)
+    difference = rng.normal(10, 10, 4000)
+    wins = rng.random(4000) < 1 / (1 + np.exp(-1.5 * np.tanh(difference / difference.std())))
+    assert wins.mean() > 0.65
+    assert evaluate.length_controlled_win_rate(wins, np.full(4000, 0.5), difference) == pytest.approx(0.5, abs=0.04)
