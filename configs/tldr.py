@@ -86,7 +86,7 @@ def default() -> ConfigDict:
     c.model.init_std = 0.08
 
     c.sft = ConfigDict()
-    c.sft.num_steps = 300
+    c.sft.num_steps = 240
     c.sft.data = ""  # "": the chosen responses; the embedded world has demonstrations of its own
     c.sft.batch_size = 16  # prompts
     c.sft.learning_rate = 5e-3

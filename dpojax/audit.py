@@ -1,0 +1,185 @@
+"""What is wrong with a preference dataset, before anyone trains on it.
+
+python -m dpojax.audit --data=FILE --tokenizer=PATH [--prompt_template=...] [--max_prompt_tokens=512]
+    [--max_response_tokens=128] [--show=2] [--color=auto|always|never]
+"""
+
+import argparse
+import collections
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpojax.data.index import Dataset
+from dpojax.data.packing import TokenGroup
+from dpojax.data.records import open_records
+from dpojax.data.tokens import Limits, load_tokenizer
+from dpojax.data.triples import DROPPED, Dropped, RowReader
+from dpojax.errors import DataError, DpojaxError
+from dpojax.evaluate import wilson
+from dpojax.metrics import Progress
+
+COLOR = {"prompt": "\x1b[90m", "chosen": "\x1b[32m", "rejected": "\x1b[31m", "special": "\x1b[7m", "off": "\x1b[0m"}
+
+
+class Audit(NamedTuple):
+    """What was found; lists hold `file:line` places."""
+
+    rows: int
+    bad: list[str]  # messages of rows that cannot be read
+    dropped: dict[str, list[str]]  # by reason
+    duplicated: list[str]  # the same pair again
+    contradictory: list[str]  # the same two responses with the labels reversed
+    cut_prompts: int
+    cut_responses: int
+    lengths: np.ndarray  # [pairs, 3] tokens of prompt, chosen, rejected, after truncation
+    one_bos: int  # groups whose prompt holds exactly one BOS, at its start
+    ends_in_eos: int
+    eos_inside: int  # responses with an EOS before their end
+    responses: int
+    examples: list[TokenGroup]
+
+
+def audit(data: Dataset, *, show: int, progress) -> Audit:
+    """Reads every row of `data` once and counts; keeps the first `show` groups."""
+    bad, dropped = [], collections.defaultdict(list)
+    duplicated, contradictory, lengths, examples = [], [], [], []
+    seen: dict[tuple, str] = {}
+    count: collections.Counter = collections.Counter()
+    bos, eos = (data.tokenizer.bos_id, data.tokenizer.eos_id) if data.tokenizer else (None, None)
+    for row in range(data.records.size):
+        progress(row)
+        where = data.records.where(row)
+        try:
+            group, cut = data.token_group(row)
+        except Dropped as verdict:
+            dropped[verdict.reason].append(where)
+            continue
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        count["cut_prompts"] += cut.prompt > 0
+        count["cut_responses"] += sum(c > 0 for c in cut.responses)
+        count["one_bos"] += bool(group.prompt[0] == bos and (group.prompt == bos).sum() == 1)
+        for response in group.responses:
+            count["responses"] += 1
+            count["ends_in_eos"] += bool(response[-1] == eos)
+            count["eos_inside"] += bool((response[:-1] == eos).any())
+        ids = [r.tobytes() for r in group.responses]
+        for pair in group.pairs:
+            key = (group.prompt.tobytes(), ids[pair.chosen], ids[pair.rejected])
+            if key in seen:
+                duplicated.append(f"{where} repeats {seen[key]}")
+            if (other := (key[0], key[2], key[1])) in seen:
+                contradictory.append(f"{where} reverses {seen[other]}")
+            seen.setdefault(key, where)
+            lengths.append([len(group.prompt), len(group.responses[pair.chosen]), len(group.responses[pair.rejected])])
+        if len(examples) < show:
+            examples.append(group)
+    return Audit(
+        rows=data.records.size,
+        bad=bad,
+        dropped=dict(dropped),
+        duplicated=duplicated,
+        contradictory=contradictory,
+        cut_prompts=count["cut_prompts"],
+        cut_responses=count["cut_responses"],
+        lengths=np.asarray(lengths).reshape(-1, 3),
+        one_bos=count["one_bos"],
+        ends_in_eos=count["ends_in_eos"],
+        eos_inside=count["eos_inside"],
+        responses=count["responses"],
+        examples=examples,
+    )
+
+
+def _places(places: Sequence[str]) -> str:
+    return "; ".join(places[:3]) + (f"; and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+def lines(found: Audit) -> list[str]:
+    """The report as text."""
+    out = [f"{found.rows:>8,} rows, {len(found.lengths):,} usable pairs"]
+    line = lambda n, what, places=(): out.append(f"{n:>8,} {what}" + (f": {_places(places)}" if places else ""))
+    line(len(found.bad), "rows cannot be read", found.bad)
+    for reason, what in DROPPED.items():
+        line(len(found.dropped.get(reason, [])), f"dropped, {what}", found.dropped.get(reason, []))
+    line(len(found.duplicated), "pairs occur again", found.duplicated)
+    line(len(found.contradictory), "pairs contradict another (labels reversed)", found.contradictory)
+    line(found.cut_prompts, "prompts would be cut")
+    line(found.cut_responses, f"responses of {found.responses:,} would be cut")
+    line(found.one_bos, "prompts start with their one BOS")
+    line(found.ends_in_eos, f"responses of {found.responses:,} end in EOS; {found.eos_inside:,} hold one before their end")
+    if len(found.lengths):
+        out.append(f"{'tokens':>10} {'mean':>8} {'p50':>6} {'p95':>6} {'max':>6}")
+        for name, x in zip(("prompt", "chosen", "rejected"), found.lengths.T, strict=True):
+            out.append(f"{name:>10} {x.mean():8.1f} {np.median(x):6.0f} {np.percentile(x, 95):6.0f} {x.max():6d}")
+        difference = found.lengths[:, 1] - found.lengths[:, 2]
+        rate = wilson(float((difference > 0).sum() + 0.5 * (difference == 0).sum()), len(difference))
+        bias = f"chosen is the longer one in {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of pairs"
+        verdict = "the labels favour neither" if rate.low <= 0.5 <= rate.high else "the labels carry a length bias"
+        out.append(f"length: {bias}, by {difference.mean():+.1f} tokens on average: {verdict}")
+    return out
+
+
+def show_group(group: TokenGroup, tokenizer: Any, *, color: bool) -> str:
+    """A group token by token: the prompt (no loss), then each response (every token carries loss)."""
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} if tokenizer else set()
+    first = group.pairs[0] if group.pairs else None
+
+    def paint(kind, ids):
+        pieces = [(tokenizer.piece(i) if tokenizer else str(i)).replace("\n", "\\n") for i in ids.tolist()]
+        if not color:
+            return f"{kind}: " + " ".join(f"[{p}]" if i in special else p for p, i in zip(pieces, ids.tolist(), strict=True))
+        parts = []
+        for p, i in zip(pieces, ids.tolist(), strict=True):
+            parts.append((COLOR["special"] + p + COLOR["off"] + COLOR[kind]) if i in special else p)
+        return COLOR[kind] + " ".join(parts) + COLOR["off"]
+
+    chosen = 0 if first is None else first.chosen
+    shown = [paint("prompt", group.prompt)]
+    shown += [paint("chosen" if k == chosen else "rejected", r) for k, r in enumerate(group.responses)]
+    return "\n".join(shown)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpojax.audit", description="Reports what is wrong with a preference dataset."
+    )
+    parser.add_argument("--data", required=True, help="file of preferences, or hf:NAME[:SPLIT]")
+    parser.add_argument("--tokenizer", default="", help="sentencepiece .model, tokenizer.json, or a folder with one")
+    parser.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")
+    parser.add_argument("--max_prompt_tokens", type=int, default=512, help="BOS included")
+    parser.add_argument("--max_response_tokens", type=int, default=128, help="EOS included")
+    parser.add_argument("--show", type=int, default=2, help="pairs printed token by token")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    args = parser.parse_args(argv)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
+        data = Dataset(open_records(args.data), RowReader(args.prompt_template), tokenizer, limits)
+        progress = Progress("reading", data.records.size, "rows", enabled=True)
+        found = audit(data, show=args.show, progress=progress)
+    except DpojaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    progress.close(data.records.name)
+    print("\n".join(lines(found)))
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    if found.examples:
+        legend = (
+            "grey prompt (no loss), green chosen, red rejected, special tokens inverse"
+            if color
+            else "special tokens in [brackets]"
+        )
+        print(f"\nFirst pairs, token by token; loss falls on every token of both responses: {legend}")
+    for group in found.examples:
+        print(show_group(group, tokenizer, color=color) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
