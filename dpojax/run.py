@@ -387,7 +387,7 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
     """What a resumed run must share with the one that saved; readable where it is short."""
     c = job.config
     return {
-        "data": data.records.fingerprint + (f" flipped {c.data.flip_labels}" if c.data.flip_labels else ""),
+        "data": data.records.fingerprint + (f" flipped {data.flip_labels}" if data.flip_labels else ""),
         "tokenizer": data.tokenizer.fingerprint if data.tokenizer else "none",
         "model": checkpoint.describe({**dataclasses.asdict(policy.config), "dtype": c.model.dtype}),
         "layout": checkpoint.describe(
