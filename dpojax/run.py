@@ -25,7 +25,7 @@ from dpojax.data.packing import PackedBatch, PackShape
 from dpojax.data.pipeline import PackGroups, eval_batches, groups_per_step, make_shape, train_batches
 from dpojax.data.records import Records, open_records
 from dpojax.data.tokens import Limits, Tokenizer, load_tokenizer
-from dpojax.data.triples import DROPPED, RowReader
+from dpojax.data.triples import RowReader
 from dpojax.errors import CheckpointError, ConfigError, NumericsError
 from dpojax.losses import make_loss
 from dpojax.metrics import MetricsLog, Progress, duration, say
@@ -41,6 +41,7 @@ from dpojax.train import (
     make_eval_step,
     make_token_logps_step,
     make_train_step,
+    new_state,
     preference_sums,
     sft_sums,
 )
@@ -357,7 +358,7 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> T
 
 def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) -> TrainState:
     """The stage's newest checkpoint, or step 0 from `params`."""
-    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    init = functools.partial(new_state, optimizer)
     abstract = jax.eval_shape(init, policy.abstract)
     shardings = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     if stage.checkpoints.strays:
@@ -434,7 +435,7 @@ def _stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
 def _train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator) -> Program:
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)
     step = make_train_step(sums, denominator, optimizer, constrain)
-    init = lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    init = functools.partial(new_state, optimizer)
     abstract = jax.eval_shape(init, policy.abstract)
     state = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
@@ -854,6 +855,3 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
             f"mean length {summary['mean_length']:.1f} vs {summary['reference_mean_length']:.1f} tokens"
         )
     say(f"done in {duration(summary['seconds'])}: {path}")
-
-
-__all__ = ["DROPPED", "Interrupted", "run"]

@@ -30,6 +30,11 @@ class TrainState(NamedTuple):
     skipped: Int[Array, ""]  # steps that were not finite and changed nothing else
 
 
+def new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state at step 0."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
 class StepMetrics(NamedTuple):
     """Sums and means over the whole step; every process and device has the same."""
 
@@ -187,9 +192,8 @@ def make_train_step(
 def make_eval_step(model: Model, loss: Loss, *, chunk: int):
     """The evaluation (params, ref_params, batch) -> PairResults."""
 
-    def mean_of(mb, values, per_token_weight=None):
-        weight = mb.weight if per_token_weight is None else per_token_weight
-        return response_sums(values, weight, mb.slot, mb.lengths.shape[1]) / jnp.maximum(mb.lengths, 1)
+    def mean_of(mb, values):
+        return response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1]) / jnp.maximum(mb.lengths, 1)
 
     def one(params, ref_params, mb: PackedBatch) -> PairResults:
         ref = pair_logps(mb, reference_logps(model, ref_params, mb, chunk=chunk))
@@ -200,6 +204,7 @@ def make_eval_step(model: Model, loss: Loss, *, chunk: int):
         policy = pair_logps(mb, scores.logps)
         out = loss(policy, ref, pair_info(mb))
         entropy = gather_pairs(mb, mean_of(mb, scores.entropy))
+        logits = gather_pairs(mb, mean_of(mb, scores.mean_logit))
         flat = PairResults(
             row_id=mb.row_id.reshape(-1),
             loss=out.loss,
@@ -211,8 +216,8 @@ def make_eval_step(model: Model, loss: Loss, *, chunk: int):
             ref_rejected=ref.rejected,
             chosen_lengths=policy.chosen_lengths,
             rejected_lengths=policy.rejected_lengths,
-            chosen_logits=gather_pairs(mb, mean_of(mb, scores.mean_logit))[0],
-            rejected_logits=gather_pairs(mb, mean_of(mb, scores.mean_logit))[1],
+            chosen_logits=logits[0],
+            rejected_logits=logits[1],
             entropy=(entropy[0] + entropy[1]) / 2,
             token_accuracy=gather_pairs(mb, mean_of(mb, scores.correct.astype(jnp.float32)))[0],
         )
