@@ -22,7 +22,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.max_prompt_tokens = 256
     config.data.max_response_tokens = 256
     config.sft.num_steps = 0
-    config.sample.reward = ""
     if arg == "paper":
         config.num_steps = 2512  # one epoch of the 160,800 training pairs
     else:

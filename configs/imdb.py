@@ -21,7 +21,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.max_prompt_tokens = 128
     config.data.max_response_tokens = 128
     config.sft.num_steps = 0
-    config.sample.reward = ""
     if arg == "paper":
         config.batch_size = 66  # a multiple of the 6 pairs of a prompt; the paper's 64 is none
         config.num_steps = 2272  # one epoch of 25,000 prompts x 6 pairs

@@ -65,8 +65,8 @@ def default() -> ConfigDict:
     c.model.dtype = "float32"  # of the computation; bfloat16 on accelerators
     c.model.param_dtype = "float32"  # bf16 masters lose updates at small learning rates
     c.model.attention = "auto"
-    c.model.remat = "none"  # none, full, dots
-    c.model.logps_chunk_tokens = 1024  # logits exist for this many tokens at a time
+    c.model.remat = "dots"  # none, dots (keep matrix products and attention), full (keep a layer's input)
+    c.model.logps_chunk_tokens = 256  # logits exist for this many tokens at a time
     # Sizes of random weights; model.init brings its own.
     c.model.hidden_size = 128
     c.model.intermediate_size = 352
@@ -117,6 +117,8 @@ def default() -> ConfigDict:
     c.optim.b1 = placeholder(float)  # unset: as published
     c.optim.b2 = placeholder(float)
     c.optim.eps = placeholder(float)
+    c.optim.spike_factor = 100.0  # a loss over this many times its running average is a spike: named and warned of
+    c.optim.skip_spikes = False  # True: and skipped, like a step that is not finite
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: what is left
@@ -130,7 +132,7 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2
     c.checkpoint.restore_step = -1  # -1: the newest
-    c.checkpoint.allow_changed = ""  # what a resumed run may change: data,tokenizer,model,reference,layout,loss,seed,batch
+    c.checkpoint.allow_changed = ""  # what a resumed run may change: data, tokenizer, model, dtype, loss, ... (comma-separated)
 
     c.sample = ConfigDict()
     c.sample.num_prompts = 512
@@ -139,7 +141,7 @@ def default() -> ConfigDict:
     c.sample.temperature = 1.0  # 0: greedy
     c.sample.top_k = 0  # 0: off
     c.sample.top_p = 1.0  # 1: off
-    c.sample.reward = "dpojax.data.world:true_reward"  # module:function; "": no win rate
+    c.sample.reward = ""  # module:function or file.py:function; "": the embedded world's own, no win rate elsewhere
     return c
 
 
@@ -156,6 +158,7 @@ def paper(c: ConfigDict) -> None:
     c.data.workers = 4
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
+    c.model.logps_chunk_tokens = 1024
     c.sft.num_steps = 0  # the policy starts from an SFT checkpoint
     c.loss.beta = 0.1
     c.optim.name = "rmsprop"
@@ -167,4 +170,3 @@ def paper(c: ConfigDict) -> None:
     c.mesh.fsdp = -1
     c.sample.num_prompts = 256
     c.sample.max_new_tokens = 128
-    c.sample.reward = ""

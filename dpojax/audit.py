@@ -18,8 +18,8 @@ from dpojax.data.records import open_records
 from dpojax.data.tokens import Limits, load_tokenizer
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import DataError, DpojaxError
-from dpojax.evaluate import wilson
 from dpojax.metrics import Progress
+from dpojax.winrate import wilson
 
 COLOR = {"prompt": "\x1b[90m", "chosen": "\x1b[32m", "rejected": "\x1b[31m", "special": "\x1b[7m", "off": "\x1b[0m"}
 

@@ -6,12 +6,14 @@ and keys only), so every checkpoint carries what is needed to refuse them.
 Resume order:
   1. the newest committed step (a folder named by an integer that holds Orbax's commit file);
   2. its `meta`: step, config, fingerprints, model, checksums;
-  3. every fingerprint is compared with this run's; a difference is refused unless it is allowed;
+  3. every leaf's shape and dtype, then every fingerprint, is compared with this run's; a difference is refused
+     unless it is allowed;
   4. `state` is restored into this run's shardings, whatever mesh it was saved from;
   5. every leaf's checksum is compared;
   6. the data continues at state.step: the order is a pure function of (seed, step).
 """
 
+import hashlib
 import json
 import logging
 import pathlib
@@ -22,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dpojax.errors import CheckpointError
@@ -97,18 +100,21 @@ class Checkpoints:
           keep: how many of the newest steps stay.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
-        self.folder, self.failed = folder.resolve(), 0
+        self.folder, self.failed, self._keep = folder.resolve(), 0, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self.strays = sorted(p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists()))
+        self._open()
+
+    def _open(self) -> None:
         registry = ocp.handlers.local_registry(include_global_registry=True)
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context = ocp.Context()
         context.checkpointables.registry = registry
-        folder.mkdir(parents=True, exist_ok=True)
-        self.strays = sorted(p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists()))
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             context=context,
             save_decision_policy=_Always(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             step_name_format=_CommittedSteps(),
         )
 
@@ -155,54 +161,77 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def restore(self, step: int, abstract: Any, meta: dict[str, Any]) -> Any:
-        """The state of a step in the shardings of `abstract`, a tree of ShapeDtypeStructs.
+        """The state of a step in the shardings and dtypes of `abstract`, a tree of ShapeDtypeStructs.
 
-        Raises: CheckpointError naming the leaf whose shape, dtype or checksum differs, with the step to fall
-          back to.
+        Call `compare_shapes` first. Raises: CheckpointError naming the leaf whose checksum differs, with the step
+          to fall back to.
         """
-        self._compare_shapes(step, abstract)
+        saved = {_path(p): x.dtype for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        as_saved = jax.tree_util.tree_map_with_path(
+            lambda p, x: jax.ShapeDtypeStruct(x.shape, saved[_path(p)], sharding=x.sharding), abstract
+        )
         try:
-            state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+            state = self._checkpointer.load_checkpointables(step, {"state": as_saved})["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        leaf = difference(meta["checksums"], checksums(state))
+        self._check(step, meta["checksums"], state)
+        # In the dtypes as saved the checksums hold; another one, where it is allowed, comes after.
+        return jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), state, abstract)
+
+    def _check(self, step: int, saved: dict[str, str], restored: Any) -> None:
+        leaf = difference(saved, checksums(restored))
         if leaf is not None:
             raise CheckpointError(f"{self.folder / str(step)}: the bytes of {leaf} changed on disk{self._fallback(step)}")
-        return state
+
+    def _saved(self, step: int) -> Any:
+        """Shapes and dtypes of a step's state as it lies on disk."""
+        try:
+            return self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def restore_params(self, step: int, abstract: Any, shardings: Any, meta: dict[str, Any]) -> Any:
-        """The parameters alone of a step, for a run that starts from them; arguments shaped like the parameters."""
-        try:
-            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-            whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), saved)
-            placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-            target = target._replace(params=placed) if hasattr(target, "_replace") else {**target, "params": placed}
-            state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        params = state.params if hasattr(state, "params") else state["params"]
-        mine = {k.removeprefix(".params"): v for k, v in meta["checksums"].items() if k.startswith(".params")}
-        leaf = difference(mine, checksums(params))
-        if leaf is not None:
-            raise CheckpointError(f"{self.folder / str(step)}: the bytes of {leaf} changed on disk")
-        return params
+        """The parameters alone of a step, without reading the rest; arguments shaped like the parameters.
 
-    def _compare_shapes(self, step: int, abstract: Any) -> None:
+        They come in the dtypes of `abstract`. Raises: CheckpointError as `compare_shapes` and `restore`.
+        """
+        self.compare_shapes(step, {"params": abstract}, cast=True)
+        saved = {_path(p): x.dtype for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        target = jax.tree_util.tree_map_with_path(
+            lambda p, x, s: jax.ShapeDtypeStruct(x.shape, saved[f"params/{_path(p)}"], sharding=s), abstract, shardings
+        )
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
         try:
-            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+            with context:
+                state = ocp.load_checkpointables(self.folder / str(step), {"state": {"params": target}})["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        describe = lambda x: (tuple(x.shape), str(np.dtype(x.dtype)))
-        have = {tuple(map(_key, p)): describe(x) for p, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
+        params = state["params"]
+        mine = {k.removeprefix(".params"): v for k, v in meta["checksums"].items() if k.startswith(".params")}
+        self._check(step, mine, params)
+        return jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), params, abstract)
+
+    def compare_shapes(self, step: int, abstract: Any, *, cast: bool) -> None:
+        """Raises CheckpointError for the first leaf of `abstract` that the step lacks or holds in another shape or dtype.
+
+        Args:
+          cast: another dtype is allowed.
+        """
+        saved = {_path(p): x for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        show = lambda x: "missing" if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
         for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
-            name = tuple(map(_key, path))
-            if have.get(name) != describe(leaf):
-                found = have.get(name)
-                raise CheckpointError(
-                    f"{self.folder / str(step)}: {'/'.join(name)} is {'missing' if found is None else found}, "
-                    f"this run's is {describe(leaf)}; use the model and optimizer of that run, or another --workdir"
-                )
+            found = saved.get(_path(path))
+            same_shape = found is not None and tuple(found.shape) == tuple(leaf.shape)
+            same_dtype = found is not None and np.dtype(found.dtype) == np.dtype(leaf.dtype)
+            if same_shape and (same_dtype or cast):
+                continue
+            fix = "use the model and optimizer of that run, or another --workdir"
+            if same_shape:
+                fix = "use that run's model.param_dtype, or allow it with --config.checkpoint.allow_changed=dtype"
+            raise CheckpointError(
+                f"{self.folder / str(step)}: {_path(path)} is {show(found)}, this run's is {show(leaf)}; {fix}"
+            )
 
     def _damaged(self, step: int, error: Exception) -> CheckpointError:
         cause: BaseException = error
@@ -218,35 +247,56 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes the steps after `step`: a run that falls back writes them anew."""
+        newer = [s for s in self.steps() if s > step]
+        if not newer:
+            return
+        self._checkpointer.close()
         if jax.process_index() == 0:
-            for newer in [s for s in self.steps() if s > step]:
-                shutil.rmtree(self.folder / str(newer))
+            for s in newer:
+                shutil.rmtree(self.folder / str(s))
+        multihost_utils.sync_global_devices("dropped newer checkpoints")
+        self._open()  # Orbax remembers the steps that it found
 
     def close(self) -> None:
         """Waits for the last save and releases Orbax's threads."""
         self._checkpointer.close()
 
 
-def _key(entry: Any) -> str:
-    """One step of a tree path as text: a field's name, a key, or an index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+def _path(path: tuple) -> str:
+    """A leaf's place as text, the same for a tree of ours and for the one that Orbax describes."""
+    name = lambda entry: next(str(getattr(entry, a)) for a in ("key", "name", "idx") if hasattr(entry, a))
+    return "/".join(map(name, path))
 
 
-def compare_fingerprints(saved: dict[str, str], now: dict[str, str], allow: Collection[str]) -> list[str]:
-    """The names that changed and may; raises CheckpointError for the first that may not."""
+def newest_step(folder: pathlib.Path) -> pathlib.Path | None:
+    """The newest committed step in a step folder, a checkpoints folder or a workdir; None if there is none."""
+    if (folder / COMMITTED).is_file():
+        return folder
+    for place in (folder, folder / "checkpoints"):
+        if place.is_dir():
+            steps = [p for p in place.iterdir() if p.name.isdigit() and (p / COMMITTED).is_file()]
+            if steps:
+                return max(steps, key=lambda p: int(p.name))
+    return None
+
+
+def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any], allow: Collection[str]) -> list[str]:
+    """The names that changed and may; raises CheckpointError for the first that may not, saying what is different."""
+    now = json.loads(json.dumps(now))  # as the saved ones: tuples became lists
     changed = [name for name in now if saved.get(name) != now[name]]
     for name in changed:
         if name not in allow:
+            then, today = saved.get(name), now[name]
+            if isinstance(then, dict) and isinstance(today, dict):
+                keys = [k for k in {**then, **today} if then.get(k) != today.get(k)]
+                then, today = ({k: d.get(k) for k in keys} for d in (then, today))
             raise CheckpointError(
-                f"the checkpoint was made with another {name}: {saved.get(name)!s:.300} then, {now[name]!s:.300} now; "
+                f"the checkpoint was made with another {name}: {then!s:.300} then, {today!s:.300} now; "
                 f"restore it, use another --workdir, or allow it with --config.checkpoint.allow_changed={name}"
             )
     return changed
 
 
-def describe(value: Any) -> str:
-    """Plain data as one line of JSON, for fingerprints that people can read."""
-    return json.dumps(value, sort_keys=True, default=str)
+def digest(value: Any) -> str:
+    """A short name for plain data: changes with anything in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -126,6 +126,8 @@ class OptimConfig:
     b1: float | None
     b2: float | None
     eps: float | None
+    spike_factor: float  # a loss over this many times its running average is a spike: named and warned of
+    skip_spikes: bool  # True: a spike is also skipped, like a step that is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +140,20 @@ class MeshConfig:
     rules: dict[str, str]
 
 
+CHANGEABLE = ("data", "tokenizer", "model", "dtype", "reference", "layout", "loss", "seed", "batch", "sft", "init")
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept, and what a resumed run may change."""
 
     keep: int
     restore_step: int  # -1 = the newest
-    allow_changed: str  # comma-separated: data, tokenizer, model, reference, layout, loss, seed, batch
+    allow_changed: str  # comma-separated names of CHANGEABLE
+
+    def allowed(self) -> frozenset[str]:
+        """The names in `allow_changed`."""
+        return frozenset(name.strip() for name in self.allow_changed.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +166,7 @@ class SampleConfig:
     temperature: float  # 0 = greedy
     top_k: int  # 0 = off
     top_p: float  # 1 = off
-    reward: str  # module:function (prompts, responses) -> scores, for the win rate; "" = none
+    reward: str  # module:function (prompts, responses) -> scores, for the win rate; "" = the embedded world's, or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +283,9 @@ def _validate(config: Config) -> None:
     decay, clip = config.optim.weight_decay, config.optim.clip_norm
     _require(math.isfinite(decay) and decay >= 0, "optim.weight_decay", decay, "a finite number >= 0")
     _require(clip > 0, "optim.clip_norm", clip, "> 0 (inf for no clipping)")
+    _require(config.optim.spike_factor > 1, "optim.spike_factor", config.optim.spike_factor, "> 1 (inf: no loss is a spike)")
+    for name in config.checkpoint.allowed():
+        _require(name in CHANGEABLE, "checkpoint.allow_changed", name, f"names out of {', '.join(CHANGEABLE)}")
     _require(0 <= config.data.flip_labels <= 1, "data.flip_labels", config.data.flip_labels, "in [0, 1]")
     _require(0 <= config.data.max_bad_share <= 1, "data.max_bad_share", config.data.max_bad_share, "in [0, 1]")
     temperature, top_p = config.sample.temperature, config.sample.top_p
@@ -327,6 +339,18 @@ def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain data: what `config.json` holds, and what a later `--config=config.json` reads."""
     return dataclasses.asdict(config)
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configs as plain data, one text per setting."""
+    found = []
+    for key in {**saved, **now}:
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} {old!r} -> {new!r}")
+    return found
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:

@@ -10,6 +10,14 @@ class DpojaxError(Exception):
     exit_code = 1
 
 
+class Interrupted(Exception):  # noqa: N818  # not an error: the run stopped where it was told to
+    """A signal asked the run to stop; what there was to save is saved. `exit_code` is the process's."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 class ConfigError(DpojaxError, ValueError):
     """A setting, the command line, or a path that does not exist. Exit code 2."""
 

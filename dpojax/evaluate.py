@@ -1,92 +1,138 @@
-"""Samples and scores -> win rate, length-controlled win rate, KL, and whether the policy collapsed."""
+"""Policy and reference -> metrics of held-out pairs, and their samples side by side with win rate and KL."""
 
-import importlib
-import importlib.util
-import math
-import pathlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from typing import Any
 
+import jax
 import numpy as np
 
-from dpojax.errors import ConfigError
+from dpojax import reference, sampling, sharding, winrate
+from dpojax.config import Config
+from dpojax.data.pipeline import PackGroups, eval_batches
+from dpojax.data.tokens import Tokenizer
+from dpojax.datasets import Data
+from dpojax.job import Job
+from dpojax.policy import Policy
+from dpojax.programs import Program
+from dpojax.train import PairResults
 
-Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-class Rate(NamedTuple):
-    """A rate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson(successes: float, trials: int) -> Rate:
-    """Wilson's score interval (Wilson 1927) at 95 %; half successes (ties) are allowed."""
-    if trials == 0:
-        return Rate(math.nan, 0.0, 1.0)
-    p, z2 = successes / trials, Z95**2
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
-    return Rate(p, max(0.0, centre - half), min(1.0, centre + half))
+WORLD_REWARD = "dpojax.data.world:true_reward"
 
 
-def win_rate(policy_scores: Sequence[float], ref_scores: Sequence[float]) -> Rate:
-    """Share of prompts on which the policy's response scores higher; a tie is half a win."""
-    difference = np.asarray(policy_scores) - np.asarray(ref_scores)
-    return wilson(float(np.sum(difference > 0) + 0.5 * np.sum(difference == 0)), len(difference))
+def evaluate_pairs(job: Job, program: Program, params, ref, pack: PackGroups, groups: int) -> PairResults:
+    """Per-pair results of the held-out pairs, flat, padding removed."""
+    parts = []
+    for batch, _ in eval_batches(pack, num_groups=groups, max_pairs=job.config.data.eval_max_pairs):
+        found = jax.device_get(program(params, ref, job.put(batch)))
+        used = found.row_id >= 0
+        parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[used], found))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def length_controlled_win_rate(
-    policy_scores: Sequence[float], ref_scores: Sequence[float], length_difference: Sequence[float]
-) -> float:
-    """The win rate that a logistic model predicts for responses of equal length (AlpacaEval 2, arXiv:2404.04475).
-
-    logit P(win) = a + b * tanh(d / std(d)), d = policy's length minus reference's; the answer is s(a).
-    Fitted by Newton's method on wins with ties at 1/2, with a ridge of 1e-3 on b.
-    """
-    difference = np.asarray(policy_scores, float) - np.asarray(ref_scores, float)
-    wins = (difference > 0) + 0.5 * (difference == 0)
-    length = np.asarray(length_difference, float)
-    x = np.stack([np.ones_like(length), np.tanh(length / (length.std() or 1.0))], axis=1)
-    ridge, weights = np.diag([1e-9, 1e-3 * len(wins)]), np.zeros(2)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
-        gradient = x.T @ (wins - p) - ridge @ weights
-        step = np.linalg.solve((x * (p * (1 - p) + 1e-9)[:, None]).T @ x + ridge, gradient)
-        weights = np.clip(weights + step, -30, 30)
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(1 / (1 + np.exp(-weights[0])))
-
-
-def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    x = np.asarray(values, float)
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+def eval_scalars(r: PairResults) -> dict[str, float]:
+    """TRL's evaluation metrics (prefix eval_): means over the held-out pairs, or over their tokens where TRL's are."""
+    margin = r.chosen_rewards - r.rejected_rewards
+    means = {
+        "loss": r.loss,
+        "rewards/chosen": r.chosen_rewards,
+        "rewards/rejected": r.rejected_rewards,
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),
+        "logps/chosen": r.policy_chosen,
+        "logps/rejected": r.policy_rejected,
+        "displacement": r.policy_chosen < r.ref_chosen,  # chosen responses that became less likely
+    }
+    chosen, rejected = int(r.chosen_lengths.sum()), int(r.rejected_lengths.sum())
+    by_token = {
+        "logits/chosen": r.chosen_logits.sum() / chosen,
+        "logits/rejected": r.rejected_logits.sum() / rejected,
+        "entropy": r.entropy.sum() / (chosen + rejected),
+        "mean_token_accuracy": r.correct.sum() / chosen,
+    }
+    return {f"eval_{k}": float(np.mean(v)) for k, v in {**means, **by_token}.items()}
 
 
-def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of the responses (Li et al. 2016, arXiv:1510.03055)."""
-    grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+def generate_samples(job: Job, data: Data, policy: Policy, params, ref) -> dict[str, Any]:
+    """Policy and reference answer the same held-out prompts. `ref` may have another dtype and sharding than `params`."""
+    c, tokenizer = job.config.sample, data.tokenizer
+    assert tokenizer is not None
+    shards = sharding.num_shards(job.mesh)
+    count = min(c.num_prompts, len(data.eval_index.rows))
+    rows = [int(r) for r in data.eval_index.rows[:count]]
+    prompts = [data.eval.token_group(r)[0].prompt.tolist() for r in rows]
+    batch = -(-min(c.batch_size, count) // shards) * shards
+    settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, tokenizer.pad_id)
+    sampler = job.program("sampler", sampling.make_sampler(policy.model, settings), out_shardings=job.replicated)
+    rows_sharding = sharding.rows_sharding(job.mesh, leading=0)
+    put = lambda x: jax.make_array_from_callback(x.shape, rows_sharding, lambda index: x[index])
+    common = dict(batch_size=batch, pad_id=tokenizer.pad_id, put=put, fetch=np.asarray)
+    sampled = {}
+    for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
+        progress = job.progress(f"sampling from the {name}", count, "prompts")
+        sampled[name], _ = sampling.generate(
+            sampler, reference.like(tree, params), prompts, seed=seed, progress=progress, **common
+        )
+        progress.close(f"{sum(map(len, sampled[name])):,} tokens")
+    width = sampling.prompt_width(prompts)
+    scorer = job.program(
+        "scorer",
+        sampling.make_scorer(policy.model, prompt_width=width, num_shards=shards, chunk=job.config.model.logps_chunk_tokens),
+        out_shardings=job.replicated,
+    )
+    score = functools.partial(
+        sampling.score_batches,
+        scorer,
+        prompts=prompts,
+        responses=sampled["policy"],
+        max_new_tokens=c.max_new_tokens,
+        **common,
+    )
+    texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
+    result = {"prompts": [tokenizer.decode(p) for p in prompts], "texts": texts, "ids": sampled}
+    result["prompt_texts"] = [g if isinstance(g, str) else tokenizer.decode(g) for g in
+                              (data.eval.text_group(r).prompt for r in rows)]  # fmt: skip
+    if (c.temperature, c.top_k, c.top_p) == (1.0, 0, 1.0):  # else the samples do not come from the policy itself
+        log_ratio = score(params) - score(reference.like(ref, params))
+        result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio)
+    return result
 
 
-def load_reward(spec: str) -> Callable[[Sequence[str], Sequence[str]], Sequence[float]]:
-    """The function that `sample.reward` names: module:function or file.py:function, (prompts, responses) -> scores.
+def _without_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
-    Raises: ConfigError if it cannot be found.
-    """
-    place, _, name = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
-            assert module_spec is not None and module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, name)
-    except (ImportError, AttributeError, ValueError, OSError, AssertionError) as error:
-        raise ConfigError(f"sample.reward={spec!r}: module:function expected ({error})") from error
+
+def reward_name(config: Config) -> str:
+    """The function that judges samples: sample.reward, or the embedded world's own where the world is the data; else ""."""
+    return config.sample.reward or ("" if config.data.train else WORLD_REWARD)
+
+
+def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
+    """Length, diversity and KL of the samples, and the win rate where there is a reward."""
+    ids = samples["ids"]
+    lengths = {name: np.array([len(r) for r in ids[name]]) for name in ids}
+    found: dict[str, Any] = {
+        "num_samples": len(ids["policy"]),
+        "mean_length": float(lengths["policy"].mean()),
+        "reference_mean_length": float(lengths["reference"].mean()),
+        "distinct_2": winrate.distinct_n(ids["policy"], 2),
+        "reference_distinct_2": winrate.distinct_n(ids["reference"], 2),
+    }
+    if "kl" in samples:
+        found |= {"kl": samples["kl"], "kl_standard_error": samples["kl_error"]}
+    if reward_name(job.config):
+        reward = winrate.load_reward(reward_name(job.config))
+        scores = {name: list(reward(samples["prompt_texts"], samples["texts"][name])) for name in ids}
+        rate = winrate.win_rate(scores["policy"], scores["reference"])
+        difference = lengths["policy"] - lengths["reference"]
+        found |= {
+            "win_rate": rate.value,
+            "win_rate_low": rate.low,
+            "win_rate_high": rate.high,
+            "win_rate_length_controlled": winrate.length_controlled_win_rate(
+                scores["policy"], scores["reference"], difference.tolist()
+            ),
+            "mean_reward": float(np.mean(scores["policy"])),
+            "reference_mean_reward": float(np.mean(scores["reference"])),
+        }
+        samples["scores"] = scores
+    return found

@@ -16,7 +16,7 @@ Unembed = Callable[[Any, Array], Array]  # (head, hidden [..., D]) -> float32 lo
 
 
 class TokenScores(NamedTuple):
-    """What evaluation reads of every scored token besides its log-prob. [A, T] each."""
+    """What is known of every scored token. Only `logps` carries a gradient."""
 
     logps: Float[Array, "A T"]  # nats
     entropy: Float[Array, "A T"]  # of the next-token distribution, nats
@@ -51,20 +51,21 @@ def _num_chunks(count, size):
     return (count + size - 1) // size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
-def token_logps(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7))
+def token_scores(
     unembed: Unembed,
     head: Any,
     hidden: Float[Array, "A U D"],
     predictor: Int[Array, "A T"],
     target: Int[Array, "A T"],
     count: Int[Array, ""],
+    details: Bool[Array, ""],
     chunk: int,
-) -> Float[Array, "A T"]:
-    """log pi(target | prefix) of every scored token, in nats; 0 in the chunks past `count`.
+) -> TokenScores:
+    """log pi(target | prefix) of every scored token, in nats, and what is logged of it.
 
     The logits exist one chunk of tokens at a time, in both passes: the backward pass computes them
-    anew and accumulates the head's gradient in float32. Work follows `count`, not T.
+    anew and accumulates the head's gradient in float32. Work follows `count`, not T; the chunks past it are 0.
 
     Args:
       unembed: (head, hidden) -> float32 logits.
@@ -73,32 +74,38 @@ def token_logps(
       predictor: which token's hidden state predicts each scored token.
       target: the scored token ids.
       count: most scored tokens in use in any shard; the rest is padding.
+      details: whether to compute more than `logps`; the other fields are 0 if not.
       chunk: C, tokens per chunk and shard.
     """
     target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
 
     def body(i, out):
         y = _chunk(target, i, chunk)
-        logps, _ = _logps_of(unembed(head, _gather(hidden, _chunk(predictor, i, chunk))), y)
-        return jax.lax.dynamic_update_slice_in_dim(out, logps, i * chunk, axis=1)
+        logits = unembed(head, _gather(hidden, _chunk(predictor, i, chunk)))
+        logps, lse = _logps_of(logits, y)
 
-    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, jnp.zeros(target.shape, jnp.float32))
-    return out[:, :size]
+        def describe():
+            entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+            return TokenScores(logps, entropy, jnp.argmax(logits, axis=-1) == y, logits.mean(axis=-1))
+
+        zero = jnp.zeros_like(logps)
+        part = jax.lax.cond(details, describe, lambda: TokenScores(logps, zero, zero.astype(bool), zero))
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * chunk, axis=1), out, part)
+
+    zero = jnp.zeros(target.shape, jnp.float32)
+    start = TokenScores(zero, zero, jnp.zeros(target.shape, bool), zero)
+    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, start)
+    return jax.tree.map(lambda x: x[:, :size], out)
 
 
-def _token_logps_fwd(unembed, head, hidden, predictor, target, count, chunk):
-    return token_logps(unembed, head, hidden, predictor, target, count, chunk), (
-        head,
-        hidden,
-        predictor,
-        target,
-        count,
-    )
+def _token_scores_fwd(unembed, head, hidden, predictor, target, count, details, chunk):
+    scores = token_scores(unembed, head, hidden, predictor, target, count, details, chunk)
+    return scores, (head, hidden, predictor, target, count)
 
 
-def _token_logps_bwd(unembed, chunk, residuals, cotangent):
+def _token_scores_bwd(unembed, chunk, residuals, cotangents):
     head, hidden, predictor, target, count = residuals
-    target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangent, chunk)
+    target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
     shard = jnp.arange(hidden.shape[0])[:, None]
 
     def body(i, carry):
@@ -114,29 +121,16 @@ def _token_logps_bwd(unembed, chunk, residuals, cotangent):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head, hidden))
     d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
     d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
-    return d_head, d_hidden.astype(hidden.dtype), None, None, None
+    return d_head, d_hidden.astype(hidden.dtype), None, None, None, None
 
 
-token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
+token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
 
 
-def token_scores(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> TokenScores:
-    """`token_logps` with the statistics that evaluation logs; not meant to be differentiated."""
-    size = target.shape[1]
-    target, predictor = _pad(target, chunk), _pad(predictor, chunk)
-
-    def body(i, out):
-        y = _chunk(target, i, chunk)
-        logits = unembed(head, _gather(hidden, _chunk(predictor, i, chunk)))
-        logps, lse = _logps_of(logits, y)
-        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
-        part = TokenScores(logps, entropy, jnp.argmax(logits, axis=-1) == y, logits.mean(axis=-1))
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * chunk, axis=1), out, part)
-
-    zero = jnp.zeros(target.shape, jnp.float32)
-    start = TokenScores(zero, zero, jnp.zeros(target.shape, bool), zero)
-    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, start)
-    return jax.tree.map(lambda x: x[:, :size], out)
+def token_logps(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> Float[Array, "A T"]:
+    """`token_scores` without the details."""
+    scores: TokenScores = token_scores(unembed, head, hidden, predictor, target, count, jnp.asarray(False), chunk)
+    return scores.logps
 
 
 def response_sums(

@@ -3,15 +3,17 @@
 Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 130 and 143 signals.
 """
 
+import hashlib
+import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
-from dpojax.errors import ConfigError, DpojaxError
+from dpojax.errors import ConfigError, DpojaxError, Interrupted
 
 USAGE = """usage: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...]
 
@@ -62,7 +64,12 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, dict[str, str], bool]:
 def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
     """The run's folder, made and writable. Raises ConfigError otherwise."""
     file, _, argument = spec.partition(":")
-    name = workdir if workdir is not None else "runs/" + "-".join(filter(None, (pathlib.Path(file).stem, argument)))
+    name = workdir
+    if name is None:
+        run_name = "-".join(filter(None, (pathlib.Path(file).stem, argument)))
+        if not re.fullmatch(r"[\w.,=+-]{1,200}", run_name):
+            raise ConfigError(f"--config={spec!r:.120}: its name cannot name a folder; set --workdir")
+        name = f"runs/{run_name}"
     if not name or "\0" in name or len(name) > 1000:
         raise ConfigError(f"--workdir={name!r:.80}: not the name of a folder")
     path = pathlib.Path(name)
@@ -77,14 +84,14 @@ def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C as a question that the loop asks at each step boundary.
+    """SIGTERM and Ctrl-C as a question that the loop asks at each step boundary; outside the loop they stop at once.
 
     One process: a handler of our own. Several: JAX's preemption service alone (a handler set after
     jax.distributed.initialize steals the signal from it), which makes all processes stop at the same step.
     """
 
     def __init__(self, processes: int):
-        self.exit_code, self.processes = 0, processes
+        self.exit_code, self.processes, self.in_loop = 0, processes, False
         if processes == 1:
             signal.signal(signal.SIGTERM, self._handle)
             signal.signal(signal.SIGINT, self._handle)
@@ -93,7 +100,18 @@ class StopSignal:
         if self.exit_code and number == signal.SIGINT:
             os._exit(130)  # the second Ctrl-C leaves at once; unfinished saves are never committed
         self.exit_code = 128 + number
-        print(f"{signal.Signals(number).name}: saving at the next step boundary", flush=True)
+        name = signal.Signals(number).name
+        if not self.in_loop:  # nothing is there that is not saved
+            print(f"{name}: stopped; the same command goes on from there", flush=True)
+            raise Interrupted(self.exit_code)
+        print(f"{name}: saving at the next step boundary", flush=True)
+
+    def __enter__(self):
+        self.in_loop = True
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.in_loop = False
 
     def __call__(self, step: int) -> int:
         """The exit code if the run should save and stop after `step`, else 0."""
@@ -117,23 +135,10 @@ def _start_processes() -> None:
         jax.distributed.initialize(address, count, number)
 
 
-def _same_everywhere(values: dict[str, Any]) -> None:
-    """Raises ConfigError if the processes were started with different configs or code."""
-    import hashlib
-    import json
-
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    from dpojax import __version__
-
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256(json.dumps([__version__, values], sort_keys=True).encode()).digest()[:8]
-    found = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8)))
-    if (found != found[0]).any():
-        raise ConfigError("the processes were started with different configs or versions of dpojax; start all with the same")
+def _code_digest() -> str:
+    """Changes with any file of this package."""
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -160,14 +165,15 @@ def main(argv: Sequence[str]) -> int:
         # An external backend must be told before it starts; threefry draws must not depend on the mesh.
         jax.config.update("jax_threefry_partitionable", True)
         _start_processes()
-        from dpojax.run import Interrupted, run
+        from dpojax.job import same_everywhere
+        from dpojax.run import run
 
-        _same_everywhere(to_dict(config))
-        try:
-            run(config, folder, StopSignal(jax.process_count()))
-        except Interrupted as stopped:
-            return stopped.exit_code
+        same_everywhere("version of dpojax", _code_digest())
+        same_everywhere("config", hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
+        run(config, folder, StopSignal(jax.process_count()))
         return 0
+    except Interrupted as stopped:
+        return stopped.exit_code
     except DpojaxError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("DPOJAX_TRACEBACK"):

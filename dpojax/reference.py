@@ -3,8 +3,9 @@
 The reference is an argument of the step, never part of the trained tree, the optimizer or a checkpoint.
 """
 
+import dataclasses
+import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -14,10 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data.index import Index
-from dpojax.data.packing import PackedBatch, plan_step, scored_responses
+from dpojax import sharding
+from dpojax.checkpoint import digest
+from dpojax.data.index import Dataset, Index
+from dpojax.data.packing import PackedBatch, PackShape, plan_step, scored_responses
 from dpojax.data.pipeline import PackGroups, eval_batches
-from dpojax.errors import DataError
+from dpojax.datasets import Data
+from dpojax.errors import DataError, NumericsError
+from dpojax.job import Job
+from dpojax.policy import Policy
+from dpojax.selfcheck import LAYOUT_BOUND
+from dpojax.stages import packer
+from dpojax.train import make_token_logps_step
 
 
 def make_live(params: Any, shardings: Any, dtype: Any) -> Any:
@@ -26,10 +35,18 @@ def make_live(params: Any, shardings: Any, dtype: Any) -> Any:
     return copy(params)
 
 
-def cache_key(*, weights: dict[str, str], model: str, data: str, dtype: str) -> str:
-    """The name of a cache: changes with the weights, the model, the token ids and the precision."""
-    content = json.dumps([1, sorted(weights.items()), model, data, dtype])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def open_live(job: Job, policy: Policy, params: Any) -> Any:
+    """The live reference tree from the policy's parameters before DPO: reference.rules and reference.dtype."""
+    c = job.config
+    shardings = sharding.param_shardings(policy.abstract, policy.model.axes, job.mesh, c.reference.rules or c.mesh.rules)
+    return make_live(params, shardings, jnp.dtype(c.reference.dtype or c.model.param_dtype))
+
+
+def like(tree: Any, params: Any) -> Any:
+    """The reference `tree` in the dtype and shardings of `params`, so that one program serves both."""
+    if all(x.dtype == p.dtype and x.sharding == p.sharding for x, p in zip(*map(jax.tree.leaves, (tree, params)), strict=True)):
+        return tree
+    return make_live(tree, jax.tree.map(lambda p: p.sharding, params), jax.tree.leaves(params)[0].dtype)
 
 
 class ReferenceCache:
@@ -83,6 +100,43 @@ def compute(
                     end += size
         progress(positions[-1] + 1)
     return values
+
+
+def open_caches(
+    job: Job, data: Data, policy: Policy, ref: Any, weights: dict[str, str], shape: PackShape, groups: int
+) -> tuple[ReferenceCache, ReferenceCache]:
+    """The cached reference of training and evaluation data: loaded and checked on a sample, or computed from `ref`.
+
+    A cache is stored under a key made from the weights' checksums, the model, the token ids and the precision.
+    """
+    c = job.config
+    step = make_token_logps_step(policy.model, chunk=c.model.logps_chunk_tokens)
+    program = job.program("reference_pass", step, out_shardings=job.replicated)
+    token_logps = lambda batch: np.asarray(program(ref, job.put(batch)))
+    model, precision = dataclasses.asdict(policy.config), [c.model.dtype, c.reference.dtype or c.model.param_dtype]
+
+    def open_one(name: str, dataset: Dataset, index: Index) -> ReferenceCache:
+        key = digest([1, sorted(weights.items()), model, dataset.fingerprint(), precision])
+        path = job.workdir / "cache" / f"reference-{name}-{key}.npy"
+        run = functools.partial(compute, packer(job, dataset, index, shape), token_logps, num_groups=groups)
+        values = load(path, index)
+        if values is not None:
+            again = run(count=min(8, len(index.rows)), progress=lambda n: None)
+            worst = float(np.abs(again - values[: len(again)]).max())
+            if worst <= LAYOUT_BOUND["bfloat16" if "bfloat16" in precision else "float32"]:
+                job.say(f"reference cache of {name}: loaded; {len(again)} sampled tokens agree within {worst:.1e} nats")
+                return ReferenceCache(index, values)
+            job.say(f"reference cache of {name}: {worst:.1e} nats off on a sample; computed anew")
+        progress = job.progress(f"reference pass over {name}", len(index.rows), "prompts")
+        values = run(count=len(index.rows), progress=progress)
+        if not np.isfinite(values).all():
+            raise NumericsError(f"the reference's log-probs of {dataset.records.name} are not finite")
+        if job.main_process:
+            store(path, values)
+        progress.close(f"{len(values):,} tokens")
+        return ReferenceCache(index, values)
+
+    return open_one("train", data.train, data.train_index), open_one("eval", data.eval, data.eval_index)
 
 
 def load(path: pathlib.Path, index: Index) -> np.ndarray | None:

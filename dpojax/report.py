@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dpojax.config import Config, to_dict
-from dpojax.evaluate import wilson
 from dpojax.train import PairResults
+from dpojax.winrate import wilson
 
 CHOSEN, REJECTED, TRAIN, EVAL, GREY = "#1b7837", "#b2182b", "#4575b4", "#f46d43", "#777777"
 STYLE = {
@@ -270,7 +270,7 @@ def write_report(
         num_samples=summary.get("num_samples", 0),
         sample_rows=sample_rows,
         sample_note=f"One sample each: temperature {c.temperature:g}, top-k {c.top_k or 'off'}, top-p {c.top_p if c.top_p < 1 else 'off'}"
-        + ("; the better one by the reward is tinted; ties count half." if config.sample.reward else "."),
+        + ("; the better one by the reward is tinted; ties count half." if "win_rate" in summary else "."),
         data_rows=[(n.replace("/", ": ").replace("_", " "), counts[0].get(n, 0), counts[1].get(n, 0)) for n in names],
         program_rows=[(n, p["compiled"], f"{p['seconds']:.1f}") for n, p in summary["programs"].items() if p["compiled"]],
         config=json.dumps(to_dict(config), indent=2),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ def self_check(
     dtype: str,
     num_shards: int,
     put: Callable[[PackedBatch], PackedBatch],
+    program: Callable[..., Callable[..., Any]],
     max_triples: int = 4,
 ) -> CheckResult:
     """Checks the loss, the rewards and the packing on the first triples of the data.
@@ -47,19 +48,14 @@ def self_check(
     At policy == reference the loss must have its closed-form value (log 2 for DPO) and the rewards must be
     0 within RATIO_BOUND; the separate layout must give the same token log-probs within LAYOUT_BOUND.
 
+    Args:
+      pack: the first groups of its index are used.
+      put: host batch to the devices.
+      program: (name, function, **jit options) -> the jitted function.
     Raises: NumericsError naming what disagrees.
     """
     count = min(max_triples, len(pack.index.rows))
-    picked = range(count)
-    index = pack.index._replace(
-        rows=pack.index.rows[:count],
-        prompt_lengths=pack.index.prompt_lengths[:count],
-        response_offsets=pack.index.response_offsets[: count + 1],
-        response_lengths=pack.index.response_lengths[: pack.index.response_offsets[count]],
-        pair_offsets=pack.index.pair_offsets[: count + 1],
-        chosen=pack.index.chosen[: pack.index.pair_offsets[count]],
-        rejected=pack.index.rejected[: pack.index.pair_offsets[count]],
-    )
+    picked, index = range(count), pack.index.first(count)
     replicated = jax.sharding.NamedSharding(next(iter(jax.tree.leaves(params))).sharding.mesh, jax.sharding.PartitionSpec())
     tokens: dict[str, dict[tuple, np.ndarray]] = {}
     results = None
@@ -71,12 +67,14 @@ def self_check(
         batch, _ = packer(picked)
         on_device = put(batch)
         chunk = 128
-        logps = jax.jit(make_token_logps_step(model, chunk=chunk), out_shardings=replicated)(params, on_device)
-        scored = jax.device_get(jax.jit(lambda b: (b.slot, b.weight, b.target), out_shardings=replicated)(on_device))
-        tokens[layout] = _by_response(np.asarray(logps), *scored)
+        logps = make_token_logps_step(model, chunk=chunk)
+        scored = lambda params, b, logps=logps: (logps(params, b), b.slot, b.weight, b.target)
+        run = program(f"self_check_{layout}", scored, out_shardings=replicated)
+        tokens[layout] = _by_response(*jax.device_get(run(params, on_device)))
         if layout == "shared":
             step = make_eval_step(model, make_loss(loss.name, **{**loss.settings(), "sft_weight": None}), chunk=chunk)
-            results = jax.device_get(jax.jit(step, out_shardings=replicated)(params, ref_params, on_device))
+            run = program("self_check_loss", step, out_shardings=replicated)
+            results = jax.device_get(run(params, ref_params, on_device))
     assert results is not None
     valid = results.row_id >= 0
     expected = closed_form(loss.name, **loss.settings())

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import PackedBatch
-from dpojax.logps import TokenScores, response_sums, token_logps, token_scores
+from dpojax.logps import TokenScores, response_sums, token_scores
 from dpojax.losses import Loss, PairInfo, PairLogps
 from dpojax.models import Model
 
@@ -27,20 +27,24 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: Int[Array, ""]  # batches taken, skipped ones included: the position in the data
-    skipped: Int[Array, ""]  # steps that were not finite and changed nothing else
+    skipped: Int[Array, ""]  # steps that changed nothing else
+    loss_average: Float[Array, ""]  # exponential average of |loss| over the steps that were not skipped
 
 
 def new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """The state at step 0."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), zero, zero, jnp.zeros((), jnp.float32))
 
 
 class StepMetrics(NamedTuple):
-    """Sums and means over the whole step; every process and device has the same."""
+    """What a step found; every process and device has the same."""
 
-    scalars: dict[str, Float[Array, ""]]
-    pair_loss: Float[Array, "M A P"]  # to name the pairs of a non-finite step; 0 at padding
-    finite: Array  # bool []
+    scalars: dict[str, Float[Array, ""]]  # means over the whole step
+    pair_loss: Float[Array, "M A P"]  # to name the pairs of a bad step; 0 at padding
+    row_id: Int[Array, "M A P"]
+    finite: Bool[Array, ""]  # loss and gradient are
+    spike: Bool[Array, ""]  # the loss is far above its average
 
 
 class PairResults(NamedTuple):
@@ -56,10 +60,11 @@ class PairResults(NamedTuple):
     ref_rejected: Float[Array, "M A P"]
     chosen_lengths: Int[Array, "M A P"]
     rejected_lengths: Int[Array, "M A P"]
-    chosen_logits: Float[Array, "M A P"]  # mean logit over the response's positions and the vocabulary
+    # sums over response tokens
+    chosen_logits: Float[Array, "M A P"]  # of the mean logit over the vocabulary
     rejected_logits: Float[Array, "M A P"]
-    entropy: Float[Array, "M A P"]  # mean over the tokens of both responses, nats
-    token_accuracy: Float[Array, "M A P"]  # of the chosen response
+    entropy: Float[Array, "M A P"]  # of both responses, nats
+    correct: Float[Array, "M A P"]  # chosen tokens that are the most likely ones
 
 
 def micro_batch(batch: PackedBatch, i) -> PackedBatch:
@@ -73,10 +78,11 @@ def hidden_by_shard(model: Model, params, mb: PackedBatch) -> Float[Array, "A U 
     return hidden.reshape(mb.predictor.shape[0], -1, hidden.shape[-1])
 
 
-def batch_token_logps(model: Model, params, mb: PackedBatch, *, chunk: int) -> Float[Array, "A T"]:
-    """log pi(target | prefix) of every scored token of a micro-batch, nats."""
-    hidden = hidden_by_shard(model, params, mb)
-    return token_logps(model.unembed, model.head(params), hidden, mb.predictor, mb.target, mb.num_scored, chunk)
+def batch_scores(model: Model, params, mb: PackedBatch, *, chunk: int, details=False) -> TokenScores:
+    """log pi(target | prefix) of every scored token of a micro-batch, nats; with `details`, all of TokenScores."""
+    hidden, details = hidden_by_shard(model, params, mb), jnp.asarray(details)
+    head = model.head(params)
+    return token_scores(model.unembed, head, hidden, mb.predictor, mb.target, mb.num_scored, details, chunk)
 
 
 def gather_pairs(mb: PackedBatch, per_slot) -> tuple[Array, Array]:
@@ -85,10 +91,14 @@ def gather_pairs(mb: PackedBatch, per_slot) -> tuple[Array, Array]:
     return take(per_slot, mb.chosen).reshape(-1), take(per_slot, mb.rejected).reshape(-1)
 
 
+def pair_sums(mb: PackedBatch, values: Float[Array, "A T"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Sums per-token values over the responses of every pair: (chosen, rejected); B = A P."""
+    return gather_pairs(mb, response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1]))
+
+
 def pair_logps(mb: PackedBatch, values: Float[Array, "A T"]) -> PairLogps:
-    """Sums token log-probs to responses and gathers the pairs; B = A P."""
-    sums = response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1])
-    return PairLogps(*gather_pairs(mb, sums), *gather_pairs(mb, mb.lengths))
+    """Token log-probs as log-probs of the responses of every pair."""
+    return PairLogps(*pair_sums(mb, values), *gather_pairs(mb, mb.lengths))
 
 
 def pair_info(mb: PackedBatch) -> PairInfo:
@@ -105,18 +115,30 @@ def reference_logps(model: Model, ref_params, mb: PackedBatch, *, chunk: int) ->
     """The cached reference log-probs where the batch carries them, else those of the live reference."""
     if mb.ref_logps is not None:
         return mb.ref_logps
-    return batch_token_logps(model, ref_params, mb, chunk=chunk)
+    return batch_scores(model, ref_params, mb, chunk=chunk).logps
 
 
-def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb: PackedBatch):
-    """Sum of the per-pair losses of a micro-batch, with sums of what is logged."""
+class Ratio(NamedTuple):
+    """A logged mean on its way: micro-batches and devices add up both parts."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+def _mean_over(values, where) -> Ratio:
+    return Ratio(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32)))
+
+
+def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb: PackedBatch, details=False):
+    """Sum of the per-pair losses of a micro-batch, with what is logged."""
     ref = pair_logps(mb, jax.lax.stop_gradient(reference_logps(model, ref_params, mb, chunk=chunk)))
-    policy = pair_logps(mb, batch_token_logps(model, params, mb, chunk=chunk))
+    scores = batch_scores(model, params, mb, chunk=chunk, details=details)
+    policy = pair_logps(mb, scores.logps)
     out = loss(policy, ref, pair_info(mb))
     valid = mb.valid.reshape(-1)
     pair_loss = jnp.where(valid, out.loss, 0.0)
     margin = out.chosen_rewards - out.rejected_rewards
-    logged = {
+    by_pair = {
         "rewards/chosen": out.chosen_rewards,
         "rewards/rejected": out.rejected_rewards,
         "rewards/margins": margin,
@@ -124,16 +146,33 @@ def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
     }
-    sums = {k: jnp.sum(jnp.where(valid, v, 0.0)) for k, v in logged.items()}
-    return pair_loss.sum(), (sums, pair_loss.reshape(mb.valid.shape))
+    # Means over tokens, as TRL takes them.
+    total = lambda x: jnp.sum(jnp.where(valid, x, 0).astype(jnp.float32))
+    lengths = total(policy.chosen_lengths), total(policy.rejected_lengths)
+    entropy, logits = pair_sums(mb, scores.entropy), pair_sums(mb, scores.mean_logit)
+    correct, _ = pair_sums(mb, scores.correct.astype(jnp.float32))
+    by_token = {
+        "entropy": Ratio(total(entropy[0] + entropy[1]), lengths[0] + lengths[1]),
+        "mean_token_accuracy": Ratio(total(correct), lengths[0]),
+        "logits/chosen": Ratio(total(logits[0]), lengths[0]),
+        "logits/rejected": Ratio(total(logits[1]), lengths[1]),
+    }
+    logged = {**{k: _mean_over(v, valid) for k, v in by_pair.items()}, **by_token}
+    return pair_loss.sum(), (logged, pair_loss.reshape(mb.valid.shape))
 
 
-def sft_sums(model: Model, chunk: int, params, ref_params, mb: PackedBatch):
-    """Sum of the negative log-likelihoods of all response tokens of a micro-batch."""
+def sft_sums(model: Model, chunk: int, params, ref_params, mb: PackedBatch, details=False):
+    """Sum of the negative log-likelihoods of all response tokens of a micro-batch, with what is logged."""
     del ref_params
-    logps = batch_token_logps(model, params, mb, chunk=chunk)
-    nll = -jnp.sum(jnp.where(mb.weight > 0, logps * mb.weight, 0.0))
-    return nll, ({}, jnp.zeros(mb.valid.shape, jnp.float32))
+    scores = batch_scores(model, params, mb, chunk=chunk, details=details)
+    scored = mb.weight > 0
+    nll = -jnp.sum(jnp.where(scored, scores.logps * mb.weight, 0.0))
+    logged = {"entropy": _mean_over(scores.entropy, scored), "mean_token_accuracy": _mean_over(scores.correct, scored)}
+    return nll, (logged, jnp.zeros(mb.valid.shape, jnp.float32))
+
+
+DETAILS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")  # known in steps with `details` only
+SPIKE_AFTER_STEPS = 10  # an average of fewer losses says little
 
 
 def make_train_step(
@@ -141,50 +180,67 @@ def make_train_step(
     denominator: Callable[[PackedBatch], Array],
     optimizer: optax.GradientTransformation,
     constrain_params: Callable[[Any], Any],
+    *,
+    spike_factor: float,
+    skip_spikes: bool,
 ):
-    """The step (state, ref_params, batch) -> (state, StepMetrics).
+    """The step (state, ref_params, batch, details) -> (state, StepMetrics).
+
+    A step whose loss or gradient is not finite changes nothing but the counters, to the bit.
 
     Args:
-      sums: (params, ref_params, micro-batch) -> (loss sum, (sums of logged values, per-pair losses)).
-      denominator: what the sums are divided by, from the plan of the whole step.
+      sums: (params, ref_params, micro-batch, details) -> (loss sum, (logged Ratios, per-pair losses)).
+      denominator: what the loss sum is divided by, from the plan of the whole step.
       optimizer: optax transformation.
       constrain_params: keeps a tree shaped like the parameters in the parameters' sharding.
+      spike_factor: a loss over this many times the average of |loss| is a spike.
+      skip_spikes: whether a spike is skipped like a step that is not finite.
     """
 
-    def step(state: TrainState, ref_params, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
-        count = denominator(batch).astype(jnp.float32)
-        gradient = jax.value_and_grad(lambda p, mb: sums(p, ref_params, mb), has_aux=True)
+    def gradients(params, ref_params, batch: PackedBatch, details, count):
+        """Loss sum, logged Ratios, mean gradient in float32, and per-pair losses, over all micro-batches."""
+        gradient = jax.value_and_grad(sums, has_aux=True)
 
         def body(i, carry):
             (total, logged), grads, pair_loss = carry
-            (loss_sum, (part, losses)), g = gradient(state.params, micro_batch(batch, i))
+            (loss_sum, (part, losses)), g = gradient(params, ref_params, micro_batch(batch, i), details)
             grads = constrain_params(jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / count, grads, g))
             logged = jax.tree.map(jnp.add, logged, part)
             return (total + loss_sum, logged), grads, jax.lax.dynamic_update_index_in_dim(pair_loss, losses, i, 0)
 
         # The first carry has the sums' structure without running them.
-        (_, (logged, _)) = jax.eval_shape(sums, state.params, ref_params, micro_batch(batch, 0))
+        (_, (logged, _)) = jax.eval_shape(sums, params, ref_params, micro_batch(batch, 0), details)
         zero = lambda x: jnp.zeros(x.shape, jnp.float32)
         start = (
             (jnp.zeros((), jnp.float32), jax.tree.map(zero, logged)),
-            constrain_params(jax.tree.map(zero, state.params)),
+            constrain_params(jax.tree.map(zero, params)),
             jnp.zeros(batch.valid.shape, jnp.float32),
         )
-        (total, logged), grads, pair_loss = jax.lax.fori_loop(0, batch.num_micro, body, start)
-        grad_norm = optax.global_norm(grads)
+        return jax.lax.fori_loop(0, batch.num_micro, body, start)
+
+    def step(state: TrainState, ref_params, batch: PackedBatch, details) -> tuple[TrainState, StepMetrics]:
+        count = denominator(batch).astype(jnp.float32)
+        (total, logged), grads, pair_loss = gradients(state.params, ref_params, batch, details, count)
+        loss, grad_norm = total / count, optax.global_norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        keep = lambda new, old: jnp.where(finite, new, old)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        taken, size = state.step - state.skipped, jnp.abs(loss)
+        spike = (taken >= SPIKE_AFTER_STEPS) & (size > spike_factor * state.loss_average)
+        good = finite & ~spike if skip_spikes else finite
+        average = jnp.where(taken == 0, size, 0.9 * state.loss_average + 0.1 * size)
+        keep = lambda new, old: jnp.where(good, new, old)
         new_state = TrainState(
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             step=state.step + 1,
-            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+            skipped=state.skipped + (1 - good.astype(jnp.int32)),
+            loss_average=keep(average, state.loss_average),
         )
-        scalars = {"loss": total / count, "grad_norm": grad_norm, **{k: v / count for k, v in logged.items()}}
-        return new_state, StepMetrics(scalars, pair_loss, finite)
+        means = {k: r.total / jnp.maximum(r.count, 1) for k, r in logged.items()}
+        return new_state, StepMetrics({"loss": loss, "grad_norm": grad_norm, **means}, pair_loss, batch.row_id, finite, spike)
 
     return step
 
@@ -192,19 +248,12 @@ def make_train_step(
 def make_eval_step(model: Model, loss: Loss, *, chunk: int):
     """The evaluation (params, ref_params, batch) -> PairResults."""
 
-    def mean_of(mb, values):
-        return response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1]) / jnp.maximum(mb.lengths, 1)
-
     def one(params, ref_params, mb: PackedBatch) -> PairResults:
         ref = pair_logps(mb, reference_logps(model, ref_params, mb, chunk=chunk))
-        hidden = hidden_by_shard(model, params, mb)
-        scores: TokenScores = token_scores(
-            model.unembed, model.head(params), hidden, mb.predictor, mb.target, mb.num_scored, chunk
-        )
+        scores = batch_scores(model, params, mb, chunk=chunk, details=True)
         policy = pair_logps(mb, scores.logps)
         out = loss(policy, ref, pair_info(mb))
-        entropy = gather_pairs(mb, mean_of(mb, scores.entropy))
-        logits = gather_pairs(mb, mean_of(mb, scores.mean_logit))
+        entropy, logits = pair_sums(mb, scores.entropy), pair_sums(mb, scores.mean_logit)
         flat = PairResults(
             row_id=mb.row_id.reshape(-1),
             loss=out.loss,
@@ -218,8 +267,8 @@ def make_eval_step(model: Model, loss: Loss, *, chunk: int):
             rejected_lengths=policy.rejected_lengths,
             chosen_logits=logits[0],
             rejected_logits=logits[1],
-            entropy=(entropy[0] + entropy[1]) / 2,
-            token_accuracy=gather_pairs(mb, mean_of(mb, scores.correct.astype(jnp.float32)))[0],
+            entropy=entropy[0] + entropy[1],
+            correct=pair_sums(mb, scores.correct.astype(jnp.float32))[0],
         )
         return jax.tree.map(lambda x: x.reshape(mb.valid.shape), flat)
 
@@ -242,7 +291,7 @@ def make_token_logps_step(model: Model, *, chunk: int):
 
     def step(params, batch: PackedBatch) -> Float[Array, "M A T"]:
         def body(i, out):
-            part = batch_token_logps(model, params, micro_batch(batch, i), chunk=chunk)
+            part = batch_scores(model, params, micro_batch(batch, i), chunk=chunk).logps
             return jax.lax.dynamic_update_index_in_dim(out, part, i, 0)
 
         return jax.lax.fori_loop(0, batch.num_micro, body, jnp.zeros(batch.target.shape, jnp.float32))

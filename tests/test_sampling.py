@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dpojax import evaluate, sampling
+from dpojax import sampling, winrate
 
 MODEL = tiny.model(full=True)
 PARAMS = tiny.params(MODEL)
@@ -71,9 +71,9 @@ def test_samples_follow_the_models_distribution():
 
 
 def test_wilson_interval_and_win_rate():
-    rate = evaluate.wilson(50, 100)
+    rate = winrate.wilson(50, 100)
     np.testing.assert_allclose(rate, (0.5, 0.4038315, 0.5961685), atol=1e-6)  # textbook values
-    assert evaluate.win_rate([1, 2, 3], [0, 2, 4]).value == 0.5  # a win, a tie, a loss
+    assert winrate.win_rate([1, 2, 3], [0, 2, 4]).value == 0.5  # a win, a tie, a loss
 
 
 def test_length_control_takes_away_what_length_explains():
@@ -81,4 +81,4 @@ def test_length_control_takes_away_what_length_explains():
     difference = rng.normal(10, 10, 4000)
     wins = rng.random(4000) < 1 / (1 + np.exp(-1.5 * np.tanh(difference / difference.std())))
     assert wins.mean() > 0.65
-    assert evaluate.length_controlled_win_rate(wins, np.full(4000, 0.5), difference) == pytest.approx(0.5, abs=0.04)
+    assert winrate.length_controlled_win_rate(wins, np.full(4000, 0.5), difference) == pytest.approx(0.5, abs=0.04)

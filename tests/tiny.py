@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 
 
 def model(config=CONFIG, *, full=False, remat="none"):
-    attention = full_attention if full else functools.partial(blocked_attention, block=16)
+    attention = full_attention if full else functools.partial(blocked_attention, block=16, chains=1)
     return make_decoder(
         config,
         attention=attention,

@@ -21,7 +21,7 @@ from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import Dropped, Group, RowReader
 from dpojax.errors import DataError
 
-VERSION = 1  # raise it when a change of this package changes lengths or verdicts
+VERSION = 2  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -34,6 +34,7 @@ class Index(NamedTuple):
     pair_offsets: np.ndarray  # [n + 1] into chosen and rejected
     chosen: np.ndarray  # response number within its group
     rejected: np.ndarray
+    largest_id: np.ndarray  # [] the largest token id
     counts: dict[str, int]  # rows, dropped/<reason>, cut/prompt, cut/response, bad_line
 
     def responses(self, i: int) -> list[int]:
@@ -46,8 +47,24 @@ class Index(NamedTuple):
 
     def totals(self) -> np.ndarray:
         """[n] tokens of each group: |x| + |y_1| + ..."""
-        sums = np.add.reduceat(self.response_lengths, self.response_offsets[:-1]) if len(self.rows) else 0
-        return self.prompt_lengths + sums
+        return self.prompt_lengths + np.add.reduceat(self.response_lengths, self.response_offsets[:-1])
+
+    def sequence_lengths(self) -> np.ndarray:
+        """[n] positions of each group: |x| + max |y_k|."""
+        return self.prompt_lengths + np.maximum.reduceat(self.response_lengths, self.response_offsets[:-1])
+
+    def first(self, count: int) -> "Index":
+        """The first `count` groups alone."""
+        responses, pairs = int(self.response_offsets[count]), int(self.pair_offsets[count])
+        return self._replace(
+            rows=self.rows[:count],
+            prompt_lengths=self.prompt_lengths[:count],
+            response_offsets=self.response_offsets[: count + 1],
+            response_lengths=self.response_lengths[:responses],
+            pair_offsets=self.pair_offsets[: count + 1],
+            chosen=self.chosen[:pairs],
+            rejected=self.rejected[:pairs],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +88,14 @@ class Dataset:
 
     def token_group(self, row: int) -> tuple[TokenGroup, Cut]:
         """The token ids of a source row. Raises Dropped or DataError."""
-        group = self.text_group(row)
-        if isinstance(group.prompt, str) and self.tokenizer is None:
-            raise DataError(f"{self.records.where(row)}: the rows are text; set tokenizer")
+        group, where = self.text_group(row), self.records.where(row)
+        if isinstance(group.prompt, str):
+            if self.tokenizer is None:
+                raise DataError(f"{where}: the rows are text; set tokenizer")
+            try:
+                "".join((group.prompt, *map(str, group.responses))).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
         return tokenize(group, self.tokenizer, self.limits, row)
 
     def fingerprint(self) -> str:
@@ -95,7 +117,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
     """
     counts: collections.Counter = collections.Counter(rows=data.records.size)
     rows, prompts, responses, chosen, rejected = [], [], [], [], []
-    response_offsets, pair_offsets, bad = [0], [0], []
+    response_offsets, pair_offsets, bad, largest = [0], [0], [], 0
     for row in range(data.records.size):
         progress(row)
         try:
@@ -118,6 +140,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))
         response_offsets.append(len(responses))
+        largest = max(largest, int(group.prompt.max()), *(int(r.max()) for r in group.responses))
         chosen.extend(p.chosen for p in group.pairs)
         rejected.extend(p.rejected for p in group.pairs)
         pair_offsets.append(len(chosen))
@@ -125,7 +148,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
     if not rows:
         dropped = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
         raise DataError(f"{data.records.name}: none of its {data.records.size} rows is usable ({dropped or 'bad lines'})")
-    arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected)
+    arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected, largest)
     return Index._make([*(np.asarray(a, np.int64) for a in arrays), dict(counts)]), bad
 
 

@@ -5,6 +5,7 @@ made without the steps before it: resuming is starting at another index, on any 
 """
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -22,7 +23,7 @@ from dpojax.data.packing import (
     step_shape,
     waste,
 )
-from dpojax.errors import ConfigError, DataError
+from dpojax.errors import ConfigError, DataError, DpojaxError
 
 RefLookup = Callable[[int, Sequence[int]], tuple[np.ndarray, ...]]  # (source row, |y_k|) -> cached token log-probs
 
@@ -155,8 +156,7 @@ def make_shape(
     if layout == "shared":
         totals = [i.totals() for i in indexes]
     else:
-        longest = [np.maximum.reduceat(i.response_lengths, i.response_offsets[:-1]) for i in indexes]
-        totals = [i.prompt_lengths + m for i, m in zip(indexes, longest, strict=True)]
+        totals = [i.sequence_lengths() for i in indexes]
     length, rows = choose_row_tokens(
         totals,
         num_groups=num_groups,
@@ -197,7 +197,24 @@ def train_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, and dpojax parses its own command line
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(stream)
+    return _name_failures(iter(stream), start)
+
+
+def _name_failures(batches: Iterator, start: int) -> Iterator:
+    """Passes batches on; whatever a worker dies of becomes a DataError with the step and the worker's traceback."""
+    step = start
+    while True:
+        step += 1
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except DpojaxError:
+            raise
+        except Exception as error:  # a worker raises anything, and a killed one a RuntimeError of grain's
+            trace = "".join(traceback.format_exception(error))
+            raise DataError(f"the batch of step {step} could not be made: {error!r}\n{trace}") from error
+        yield batch
 
 
 def eval_batches(pack: PackGroups, *, num_groups: int, max_pairs: int) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:

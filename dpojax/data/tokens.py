@@ -149,6 +149,7 @@ class JsonTokenizer:
                 shutil.copyfile(self.path.parent / name, folder / name)
 
 
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -209,7 +210,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     file = pathlib.Path(path)
     if file.is_dir():
-        found = [file / n for n in ("tokenizer.json", "tokenizer.model", "spiece.model") if (file / n).is_file()]
+        found = [file / n for n in TOKENIZER_NAMES if (file / n).is_file()]
         if not found:
             raise ConfigError(f"tokenizer {path!r}: the folder holds neither tokenizer.json nor tokenizer.model")
         file = found[0]

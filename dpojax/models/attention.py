@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import visible
 
+SAVED = "attention"  # the name under which a remat policy finds what the backward pass needs of the forward pass
 MASKED = -1e30  # exp(MASKED - max) is exactly 0 in float32, and a row without a visible key stays finite
 
 
@@ -94,7 +96,7 @@ def _blocked(q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Flo
 
 
 def _blocked_fwd(q, k, v, blocks):
-    out, lse = _forward(q, k, v, blocks)
+    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, blocks))
     return out, (q, k, v, blocks, out, lse)
 
 
@@ -135,6 +137,7 @@ def blocked_attention(
     branch: Int[Array, "R L"],
     *,
     block: int,
+    chains: int,
 ) -> Float[Array, "R L H E"]:
     """The rule, one block of queries at a time, from the block in which the query's group starts.
 
@@ -143,7 +146,16 @@ def blocked_attention(
 
     Args:
       block: C, tokens per block.
+      chains: the rows are chained into this many long rows first (0: they are not), so that no row waits for the
+        longest group that stands at the same place of another.
     """
+    shape = q.shape
+    if chains and shape[0] % chains == 0:
+        # Groups are counted anew in each row; in a chain they need different numbers.
+        row = jnp.arange(shape[0])[:, None] * shape[1]
+        group = jnp.where(group > 0, group + row, 0)
+        chain = lambda x: x.reshape(chains, -1, *x.shape[2:])
+        q, k, v, group, branch = (chain(x) for x in (q, k, v, group, branch))
     rows, length, heads, head_dim = q.shape
     kv_heads, padding = k.shape[2], -length % block
     count = (length + padding) // block
@@ -159,14 +171,19 @@ def blocked_attention(
     blocks = _Blocks(split(group), split(branch), split(start)[:, :, 0].min(axis=1) // block)
     out = _blocked(q, k, v, blocks)
     out = out.reshape(count, rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(rows, length + padding, heads, head_dim)[:, :length]
+    return out.reshape(rows, length + padding, heads, head_dim)[:, :length].reshape(shape)
 
 
-def make_attention(name: str):
-    """The function (q, k, v, group, branch) -> out that `model.attention` names."""
+def make_attention(name: str, *, num_shards: int):
+    """The function (q, k, v, group, branch) -> out that `model.attention` names.
+
+    Args:
+      num_shards: data shards, over which the rows are spread.
+    """
     if name in ("auto", "xla"):
-        # CPUs gain most from skipping; accelerators want larger matrix products.
-        return functools.partial(blocked_attention, block=64 if jax.default_backend() == "cpu" else 256)
+        # CPUs gain most from skipping; accelerators want larger matrix products, and rows side by side.
+        cpu = jax.default_backend() == "cpu"
+        return functools.partial(blocked_attention, block=64 if cpu else 256, chains=num_shards if cpu else 0)
     if name == "full":
         return full_attention
     raise ValueError(f"model.attention is {name!r}; it must be auto, xla or full")

@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dpojax.models.attention import attend, full_attention
+from dpojax.models.attention import SAVED, attend
 from dpojax.models.config import ModelConfig
 from dpojax.models.table import layer_rows, logical_axes, model_rows
 
 Params = dict[str, Any]
 
+_SAVE = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _SAVE.nothing_saveable,
+    # matrix products of the projections, and attention: what is left is cheap to compute again
+    "dots": _SAVE.save_from_both_policies(_SAVE.dots_with_no_batch_dims_saveable, _SAVE.save_only_these_names(SAVED)),
 }
 
 ACTIVATION = {
@@ -182,7 +184,7 @@ def make_decoder(
       attention: (q, k, v, group, branch) -> out, from `attention.make_attention`.
       dtype: of the computation; softmax, norms, rotations and log-probs are float32 throughout.
       param_dtype: of the stored (master) parameters.
-      remat: "none", "full" (recompute each layer) or "dots" (keep matrix products).
+      remat: "none", "full" (recompute each layer) or "dots" (keep matrix products and attention).
       constrain: applied to [R, L, D] activations, to keep their rows spread over the mesh.
     """
     if remat not in REMAT:
@@ -198,7 +200,7 @@ def make_decoder(
         return attention(q, k, v, *where), cache
 
     def prefill_attention(q, k, v, where, cache):
-        return full_attention(q, k, v, *where), (k, v)
+        return attention(q, k, v, *where), (k, v)
 
     def decode_attention(q, k, v, where, cache):
         index, valid = where

@@ -1,0 +1,82 @@
+"""What every part of a run shares: config, folder, mesh, logs, counted programs, and the question when to stop."""
+
+import dataclasses
+import pathlib
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpojax import sharding
+from dpojax.config import Config
+from dpojax.errors import ConfigError
+from dpojax.metrics import MetricsLog, Progress, say
+from dpojax.programs import Program
+
+
+class Stop(AbstractContextManager, Protocol):
+    """The question when to stop. As a context it holds signals back until the question is asked."""
+
+    def __call__(self, step: int) -> int:
+        """The exit code if the run should save and stop after `step`, else 0."""
+        ...
+
+
+@dataclasses.dataclass
+class Job:
+    """What every part of a run shares."""
+
+    config: Config
+    workdir: pathlib.Path
+    mesh: Mesh
+    log: MetricsLog
+    stop: Stop
+    programs: dict[str, Program] = dataclasses.field(default_factory=dict)
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process talks and writes."""
+        return jax.process_index() == 0
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The whole array on every device."""
+        return NamedSharding(self.mesh, P())
+
+    def say(self, message: str) -> None:
+        """One line from process 0."""
+        if self.main_process:
+            say(message)
+
+    def program(self, name: str, function, **options) -> Program:
+        """A program of the run; its compilations are counted under `name`."""
+        made, before = Program(name, function, enabled=self.main_process, **options), self.programs.get(name)
+        if before is not None:
+            made.compiled, made.seconds = before.compiled, before.seconds
+        self.programs[name] = made
+        return made
+
+    def progress(self, name: str, total: int, unit: str) -> Progress:
+        """A progress line from process 0."""
+        return Progress(name, total, unit, enabled=self.main_process)
+
+    def put(self, batch: Any) -> Any:
+        """A PackedBatch of this process's shards, as global arrays on the devices."""
+        return sharding.put_batch(batch, self.mesh)
+
+
+def same_everywhere(what: str, digest: str) -> None:
+    """Raises ConfigError in every process if the processes hold different digests of `what`."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(digest.encode()[:64].ljust(64), np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(own))
+    differ = [i for i, other in enumerate(found) if (other != found[0]).any()]
+    if differ:
+        raise ConfigError(
+            f"process(es) {', '.join(map(str, differ))} started with another {what} than process 0; start all with the same"
+        )

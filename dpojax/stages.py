@@ -1,0 +1,364 @@
+"""A stage of training, SFT or DPO: its loop, what it logs, where it starts and what it saves. The step is in train.py."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax import checkpoint, sharding
+from dpojax.checkpoint import Checkpoints
+from dpojax.config import changed_settings, to_dict
+from dpojax.data.index import Dataset, Index
+from dpojax.data.packing import PackedBatch, PackShape
+from dpojax.data.pipeline import PackGroups, make_shape, train_batches
+from dpojax.datasets import Data
+from dpojax.errors import CheckpointError, Interrupted, NumericsError
+from dpojax.job import Job
+from dpojax.metrics import duration
+from dpojax.optim import make_optimizer, make_schedule
+from dpojax.policy import Policy, initial_params
+from dpojax.programs import Program
+from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_sums
+
+NON_FINITE_LIMIT = 3  # non-finite steps in a row that end the run
+
+
+class Dispatched(NamedTuple):
+    """A step that the devices may still be working on."""
+
+    step: int
+    metrics: StepMetrics
+    num_pairs: int
+    num_tokens: int
+    waste: tuple[float, float]
+
+
+@dataclasses.dataclass
+class Stage:
+    """One of the two stages of training: what differs between SFT and DPO."""
+
+    name: str
+    prefix: str  # of its keys in metrics.jsonl
+    num_steps: int
+    step_program: Program
+    batches: Callable[[int], Iterator[tuple[PackedBatch, tuple[float, float]]]]
+    schedule: Callable[[Any], Any]
+    checkpoints: Checkpoints
+    meta: dict[str, Any]
+    data: Dataset
+    groups: int  # per step
+    epoch_groups: int
+    evaluate: Callable[[int, TrainState], None]
+    num_tokens: int = 0  # trained on since step 0
+    pairs: int = 0  # trained on in this process, after its first step
+    seconds: float = 0.0  # that they took
+    finished: int = 0  # steps of this process
+    bad_in_a_row: int = 0
+
+    def finish(self, job: Job, done: Dispatched, clock: float) -> float:
+        """Waits for a step, counts and logs it; `clock` is when the one before it was done. Returns the time now."""
+        jax.block_until_ready(done.metrics)
+        now = time.monotonic()
+        seconds = now - clock
+        self.num_tokens += done.num_tokens
+        self.finished += 1
+        if self.finished > 1:  # the first step of a process compiles
+            self.pairs, self.seconds = self.pairs + done.num_pairs, self.seconds + seconds
+        self._look_for_trouble(job, done)
+        if _is_logged(job, self, done.step):
+            self._log(job, done, seconds)
+        return now
+
+    def _log(self, job: Job, done: Dispatched, seconds: float) -> None:
+        scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
+        count = done.num_pairs or self.groups
+        scalars |= {
+            "learning_rate": float(self.schedule(done.step - 1)),
+            "epoch": done.step * self.groups / self.epoch_groups,
+            "num_tokens": self.num_tokens,
+            "pairs_per_second": count / seconds,
+            "tokens_per_second": done.num_tokens / seconds,
+            "step_time_s": seconds,
+            "padding/packing": done.waste[0],
+            "padding/rounding": done.waste[1],
+        }
+        job.log.write(done.step, {self.prefix + k: v for k, v in scalars.items()})
+        shown = f"{self.name} {done.step}/{self.num_steps}  loss {scalars['loss']:.4f}"
+        if "rewards/accuracies" in scalars:
+            shown += f"  accuracy {scalars['rewards/accuracies']:.3f}  margin {scalars['rewards/margins']:+.3f}"
+        unit = "pairs" if done.num_pairs else "prompts"
+        left = duration((self.num_steps - done.step) * seconds)
+        job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {count / seconds:.1f} {unit}/s  ETA {left}")
+
+    def _look_for_trouble(self, job: Job, done: Dispatched) -> None:
+        """Names the rows of a step that is not finite or spikes; gives up after NON_FINITE_LIMIT non-finite ones in a row."""
+        metrics, finite = done.metrics, bool(done.metrics.finite)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if finite and not bool(metrics.spike):
+            return
+        skipped = not finite or job.config.optim.skip_spikes
+        losses, rows = np.asarray(metrics.pair_loss), np.asarray(metrics.row_id)
+        named = ~np.isfinite(losses) if not finite else losses >= 0.5 * losses[rows >= 0].max(initial=-np.inf)
+        named &= rows >= 0
+        by_loss = bool(named.any())
+        own = sorted(set(rows[named if by_loss else rows >= 0].tolist()))
+        note = {
+            "stage": self.name,
+            "step": done.step,
+            "reason": "spike" if finite else "not finite",
+            "skipped": skipped,
+            "loss": float(metrics.scalars["loss"]),
+            "grad_norm": float(metrics.scalars["grad_norm"]),
+            "rows": [self.data.records.where(r) for r in own],
+            "row_ids": own,
+            "named_by_loss": by_loss,  # False: the gradient alone was bad; all rows of the step are listed
+        }
+        if job.main_process:
+            with (job.workdir / "quarantine.jsonl").open("a") as file:
+                file.write(json.dumps(note) + "\n")
+        what = "a loss spike" if finite else "not finite"
+        effect = "parameters unchanged" if skipped else "trained on it (optim.skip_spikes=True skips it)"
+        places = ", ".join(note["rows"][:4])
+        job.say(f"{self.name} {done.step}: {what}, loss {note['loss']:.4g}; {effect}; {places} ... in quarantine.jsonl")
+        if self.bad_in_a_row >= NON_FINITE_LIMIT:
+            raise NumericsError(
+                f"{self.name}: {NON_FINITE_LIMIT} steps in a row up to step {done.step} were not finite; lower the learning "
+                f"rate, or look at the rows in {self._dump(job, done)}; the last good state is in {self.checkpoints.folder}"
+            )
+
+    def _dump(self, job: Job, done: Dispatched) -> Any:
+        """What is known of the step that ended the run: every pair's row and loss, the scalars, and the settings."""
+        path = job.workdir / f"dump-{self.name.lower()}-{done.step}.json"
+        rows, losses = np.asarray(done.metrics.row_id).ravel(), np.asarray(done.metrics.pair_loss).ravel()
+        pairs = [
+            {"row": self.data.records.where(int(r)), "loss": float(x)} for r, x in zip(rows, losses, strict=True) if r >= 0
+        ]
+        scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
+        found = {"stage": self.name, "step": done.step, "scalars": scalars, "pairs": pairs, "config": to_dict(job.config)}
+        if job.main_process:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        return path
+
+    def save(self, job: Job, step: int, state: TrainState, *, wait: bool) -> None:
+        """Starts a checkpoint of `state`; with `wait`, until it is committed."""
+        trouble = self.checkpoints.save(step, state, {**self.meta, "num_tokens": self.num_tokens})
+        if wait:
+            trouble = self.checkpoints.wait() or trouble
+        if trouble:
+            job.say(f"warning: {trouble}; training goes on")
+
+
+def _is_logged(job: Job, stage: Stage, step: int) -> bool:
+    return step % job.config.log_every_steps == 0 or step == stage.num_steps
+
+
+def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
+    """The loop: dispatches a step, then reads the one before it, so that the devices never wait for the host.
+
+    Raises: Interrupted after saving, where the run was asked to stop.
+    """
+    with job.stop:
+        return _train(job, stage, state, ref_params)
+
+
+def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
+    start = int(state.step)
+    batches = stage.batches(start)
+    pending: Dispatched | None = None
+    clock = time.monotonic()
+    for step in range(start + 1, stage.num_steps + 1):
+        batch, waste = next(batches)
+        details = np.bool_(_is_logged(job, stage, step))
+        state, metrics = stage.step_program(state, ref_params, job.put(batch), details)
+        if pending:
+            clock = stage.finish(job, pending, clock)
+        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), waste)
+        exit_code = job.stop(step)
+        evaluation_due = step % job.config.eval_every_steps == 0 or step == stage.num_steps
+        checkpoint_due = step % job.config.checkpoint_every_steps == 0 or step == stage.num_steps
+        if not (exit_code or evaluation_due or checkpoint_due):
+            continue
+        stage.finish(job, pending, clock)
+        pending = None
+        if evaluation_due and not exit_code:
+            stage.evaluate(step, state)
+        if checkpoint_due or exit_code:
+            stage.save(job, step, state, wait=bool(exit_code) or step == stage.num_steps)
+        if exit_code:
+            job.say(f"{stage.name}: stopped at step {step}, saved; the same command goes on from there")
+            raise Interrupted(exit_code)
+        clock = time.monotonic()
+    return state
+
+
+# --- where a stage starts ---------------------------------------------------------------------------------------------
+
+
+def state_layout(job: Job, policy: Policy, optimizer) -> tuple[Any, Any]:
+    """(ShapeDtypeStructs, shardings) of the training state."""
+    abstract = jax.eval_shape(functools.partial(new_state, optimizer), policy.abstract)
+    return abstract, sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
+
+
+def resumable_step(job: Job, stage: Stage) -> int | None:
+    """The checkpoint that the stage goes on from, or None to start at step 0; says what is in the folder besides.
+
+    Raises: CheckpointError if it belongs to another run, or checkpoint.restore_step does not exist.
+    """
+    if stage.checkpoints.strays:
+        job.say(f"{stage.checkpoints.folder}: not checkpoints, left alone: {', '.join(stage.checkpoints.strays)}")
+    steps = stage.checkpoints.steps()
+    wanted = job.config.checkpoint.restore_step if stage.name == "DPO" else -1
+    if not steps:
+        return None
+    if wanted >= 0 and wanted not in steps:
+        raise CheckpointError(f"checkpoint.restore_step={wanted}: there are the steps {', '.join(map(str, steps))}")
+    return steps[-1] if wanted < 0 else wanted
+
+
+def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
+    """Compares a checkpoint's fingerprints and settings with this run's; says and records what changed and may.
+
+    Raises: CheckpointError naming the first difference that is not allowed.
+    """
+    changed = checkpoint.compare_fingerprints(meta["fingerprints"], stage.meta["fingerprints"], job.config.checkpoint.allowed())
+    step = meta["step"]
+    if changed:
+        job.say(f"resuming with another {', '.join(changed)}, as allowed")
+    settings = changed_settings(meta["config"], to_dict(job.config))
+    if settings:
+        job.say(f"resuming with other settings than step {step} was saved with: {'; '.join(settings)}")
+    if changed or settings:
+        stage.meta["changed"] = [*meta.get("changed", []), {"step": step, "names": changed, "settings": settings}]
+
+
+def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) -> TrainState:
+    """The stage's newest checkpoint, or step 0 from `params`, which are given up: the state takes their memory."""
+    abstract, shardings = state_layout(job, policy, optimizer)
+    step = resumable_step(job, stage)
+    if step is None:
+        return jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+    jax.tree.map(lambda x: x.delete(), params)
+    meta = stage.checkpoints.meta(step)
+    stage.checkpoints.compare_shapes(step, abstract, cast="dtype" in job.config.checkpoint.allowed())
+    check_origin(job, stage, meta)
+    targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    state = stage.checkpoints.restore(step, targets, meta)
+    stage.checkpoints.drop_after(step)
+    stage.num_tokens = meta["num_tokens"]
+    job.say(f"{stage.name}: resumed at step {step} of {stage.num_steps}, every checksum equal")
+    return state
+
+
+def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[str, Any]:
+    """What a resumed run must share with the one that saved; readable where it is short."""
+    c = job.config
+    return {
+        "data": data.records.fingerprint + (f" flipped {data.flip_labels}" if data.flip_labels else ""),
+        "tokenizer": data.tokenizer.fingerprint if data.tokenizer else "none",
+        "model": {**dataclasses.asdict(policy.config), "dtype": c.model.dtype},
+        "layout": {
+            "layout": "shared" if c.data.layout == "auto" else c.data.layout,
+            "max_prompt_tokens": c.data.max_prompt_tokens,
+            "max_response_tokens": c.data.max_response_tokens,
+            "prompt_template": c.data.prompt_template,
+        },
+        "seed": {"seed": c.seed, "shuffle": c.data.shuffle},
+        **more,
+    }
+
+
+# --- what both stages are made of -------------------------------------------------------------------------------------
+
+
+def packer(job: Job, data: Dataset, index: Index, shape: PackShape, lookup=None) -> PackGroups:
+    """Positions of groups -> this process's part of a batch."""
+    pad = data.tokenizer.pad_id if data.tokenizer else 0
+    return PackGroups(data, index, shape, tuple(sharding.local_shards(job.mesh)), pad, lookup)
+
+
+def batch_shape(job: Job, indexes, groups: int) -> PackShape:
+    """The static shape of the batches of `groups` groups from any of `indexes`."""
+    c = job.config.data
+    return make_shape(
+        indexes,
+        layout=c.layout,
+        num_groups=groups,
+        num_shards=sharding.num_shards(job.mesh),
+        micro_batch_tokens=c.micro_batch_tokens,
+        row_tokens=c.row_tokens,
+    )
+
+
+def batch_stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
+    """First step -> the batches from there on."""
+    c = job.config
+    return lambda start: train_batches(
+        pack, num_groups=groups, seed=c.seed, shuffle=c.data.shuffle, start=start, stop=num_steps, workers=c.data.workers
+    )
+
+
+def train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator) -> Program:
+    """The jitted step of a stage: explicit shardings, the state donated."""
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)
+    c = job.config.optim
+    step = make_train_step(sums, denominator, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes)
+    _, state = state_layout(job, policy, optimizer)
+    return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
+
+
+# --- SFT --------------------------------------------------------------------------------------------------------------
+
+
+def run_sft(job: Job, data: Data, policy: Policy) -> Any:
+    """The supervised stage, from where it stands: returns the parameters after it."""
+    c = job.config
+    assert data.sft is not None and data.sft_index is not None
+    groups = min(c.sft.batch_size, len(data.sft_index.rows))
+    shape = batch_shape(job, [data.sft_index], groups)
+    schedule = make_schedule(
+        c.sft.schedule, learning_rate=c.sft.learning_rate, warmup_steps=c.sft.warmup_steps, num_steps=c.sft.num_steps
+    )
+    optim = c.optim if c.sft.b2 is None else dataclasses.replace(c.optim, b2=c.sft.b2)
+    optimizer = make_optimizer(optim, schedule, policy.model.axes)
+    sums = functools.partial(sft_sums, policy.model, c.model.logps_chunk_tokens)
+    params = initial_params(job, policy)
+    prints = fingerprints(
+        job, data.sft, policy, sft=dataclasses.asdict(c.sft), init=checkpoint.digest(checkpoint.checksums(params))
+    )
+    stage = Stage(
+        name="SFT",
+        prefix="sft_",
+        num_steps=c.sft.num_steps,
+        step_program=train_program(job, "sft_step", policy, optimizer, sums, lambda b: b.num_response_tokens),
+        batches=batch_stream(job, packer(job, data.sft, data.sft_index, shape), groups, c.sft.num_steps),
+        schedule=schedule,
+        checkpoints=Checkpoints(job.workdir / "sft", keep=1),
+        meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)},
+        data=data.sft,
+        groups=groups,
+        epoch_groups=len(data.sft_index.rows),
+        evaluate=lambda step, state: None,
+    )
+    if resumable_step(job, stage) == c.sft.num_steps:
+        # Complete: the optimizer's state is not needed any more.
+        jax.tree.map(lambda x: x.delete(), params)
+        meta = stage.checkpoints.meta(c.sft.num_steps)
+        check_origin(job, stage, meta)
+        params = stage.checkpoints.restore_params(c.sft.num_steps, policy.abstract, policy.shardings, meta)
+    else:
+        state = start_state(job, stage, params, optimizer, policy)
+        job.log.rewind(sft_step=int(state.step), step=-1)
+        params = train_stage(job, stage, state, None).params
+    stage.checkpoints.close()
+    return params
+
+
+def params_before_dpo(job: Job, data: Data, policy: Policy) -> Any:
+    """The policy's parameters at step 0 of DPO, which are the reference's: after SFT where there is such a stage."""
+    return run_sft(job, data, policy) if data.sft is not None else initial_params(job, policy)

@@ -1,0 +1,92 @@
+"""Samples and scores -> win rate, length-controlled win rate, KL, and whether the policy collapsed."""
+
+import importlib
+import importlib.util
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpojax.errors import ConfigError
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+class Rate(NamedTuple):
+    """A rate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: float, trials: int) -> Rate:
+    """Wilson's score interval (Wilson 1927) at 95 %; half successes (ties) are allowed."""
+    if trials == 0:
+        return Rate(math.nan, 0.0, 1.0)
+    p, z2 = successes / trials, Z95**2
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
+    return Rate(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def win_rate(policy_scores: Sequence[float], ref_scores: Sequence[float]) -> Rate:
+    """Share of prompts on which the policy's response scores higher; a tie is half a win."""
+    difference = np.asarray(policy_scores) - np.asarray(ref_scores)
+    return wilson(float(np.sum(difference > 0) + 0.5 * np.sum(difference == 0)), len(difference))
+
+
+def length_controlled_win_rate(
+    policy_scores: Sequence[float], ref_scores: Sequence[float], length_difference: Sequence[float]
+) -> float:
+    """The win rate that a logistic model predicts for responses of equal length (AlpacaEval 2, arXiv:2404.04475).
+
+    logit P(win) = a + b * tanh(d / std(d)), d = policy's length minus reference's; the answer is s(a).
+    Fitted by Newton's method on wins with ties at 1/2, with a ridge of 1e-3 on b.
+    """
+    difference = np.asarray(policy_scores, float) - np.asarray(ref_scores, float)
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    length = np.asarray(length_difference, float)
+    x = np.stack([np.ones_like(length), np.tanh(length / (length.std() or 1.0))], axis=1)
+    ridge, weights = np.diag([1e-9, 1e-3 * len(wins)]), np.zeros(2)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+        gradient = x.T @ (wins - p) - ridge @ weights
+        step = np.linalg.solve((x * (p * (1 - p) + 1e-9)[:, None]).T @ x + ridge, gradient)
+        weights = np.clip(weights + step, -30, 30)
+        if np.abs(step).max() < 1e-10:
+            break
+    return float(1 / (1 + np.exp(-weights[0])))
+
+
+def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    x = np.asarray(values, float)
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+
+
+def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams of the responses (Li et al. 2016, arXiv:1510.03055)."""
+    grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def load_reward(spec: str) -> Callable[[Sequence[str], Sequence[str]], Sequence[float]]:
+    """The function that `sample.reward` names: module:function or file.py:function, (prompts, responses) -> scores.
+
+    Raises: ConfigError if it cannot be found.
+    """
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            module_spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
+            assert module_spec is not None and module_spec.loader is not None
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, name)
+    except (ImportError, AttributeError, ValueError, OSError, AssertionError) as error:
+        raise ConfigError(f"sample.reward={spec!r}: module:function expected ({error})") from error
