@@ -29,10 +29,8 @@ def _is_target(target, vocab_size):
     return target[..., None] == jax.lax.broadcasted_iota(jnp.int32, (*target.shape, vocab_size), target.ndim)
 
 
-def _logps_of(logits, target):
-    """log softmax(logits)[target] and the log-sum-exp."""
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0.0), axis=-1) - lse, lse
+def _target_logit(logits, target):
+    return jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0.0), axis=-1)
 
 
 def _chunk(x, index, size):
@@ -82,11 +80,12 @@ def token_scores(
     def body(i, out):
         y = _chunk(target, i, chunk)
         logits = unembed(head, _gather(hidden, _chunk(predictor, i, chunk)))
-        logps, lse = _logps_of(logits, y)
+        lse, own = jax.nn.logsumexp(logits, axis=-1), _target_logit(logits, y)
+        logps = own - lse
 
         def describe():
             entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
-            return TokenScores(logps, entropy, jnp.argmax(logits, axis=-1) == y, logits.mean(axis=-1))
+            return TokenScores(logps, entropy, own >= logits.max(axis=-1), logits.mean(axis=-1))
 
         zero = jnp.zeros_like(logps)
         part = jax.lax.cond(details, describe, lambda: TokenScores(logps, zero, zero.astype(bool), zero))
@@ -112,7 +111,7 @@ def _token_scores_bwd(unembed, chunk, residuals, cotangents):
         d_head, d_hidden = carry
         index, y, g = (_chunk(x, i, chunk) for x in (predictor, target, cotangent))
         logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
-        _, lse = _logps_of(logits, y)
+        lse = jax.nn.logsumexp(logits, axis=-1)
         d_logits = (_is_target(y, logits.shape[-1]) - jnp.exp(logits - lse[..., None])) * g[..., None]
         d_head_chunk, d_hidden_chunk = pullback(d_logits)
         d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, d_head_chunk)

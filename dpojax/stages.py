@@ -58,6 +58,7 @@ class Stage:
     pairs: int = 0  # trained on in this process, after its first step
     seconds: float = 0.0  # that they took
     finished: int = 0  # steps of this process
+    since_log: tuple[int, int, int, float] = (0, 0, 0, 0.0)  # steps, pairs, tokens, seconds
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
@@ -69,21 +70,26 @@ class Stage:
         self.finished += 1
         if self.finished > 1:  # the first step of a process compiles
             self.pairs, self.seconds = self.pairs + done.num_pairs, self.seconds + seconds
+        own = (1, done.num_pairs, done.num_tokens, seconds)
+        self.since_log = tuple(a + b for a, b in zip(self.since_log, own, strict=True))
         self._look_for_trouble(job, done)
         if _is_logged(job, self, done.step):
-            self._log(job, done, seconds)
+            self._log(job, done)
+            self.since_log = (0, 0, 0, 0.0)
         return now
 
-    def _log(self, job: Job, done: Dispatched, seconds: float) -> None:
+    def _log(self, job: Job, done: Dispatched) -> None:
+        """Writes a step's means, and the speed since the last logged step."""
         scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
-        count = done.num_pairs or self.groups
+        steps, pairs, tokens, seconds = self.since_log
+        rate = (pairs or steps * self.groups) / seconds
         scalars |= {
             "learning_rate": float(self.schedule(done.step - 1)),
             "epoch": done.step * self.groups / self.epoch_groups,
             "num_tokens": self.num_tokens,
-            "pairs_per_second": count / seconds,
-            "tokens_per_second": done.num_tokens / seconds,
-            "step_time_s": seconds,
+            "pairs_per_second": rate,
+            "tokens_per_second": tokens / seconds,
+            "step_time_s": seconds / steps,
             "padding/packing": done.waste[0],
             "padding/rounding": done.waste[1],
         }
@@ -92,8 +98,8 @@ class Stage:
         if "rewards/accuracies" in scalars:
             shown += f"  accuracy {scalars['rewards/accuracies']:.3f}  margin {scalars['rewards/margins']:+.3f}"
         unit = "pairs" if done.num_pairs else "prompts"
-        left = duration((self.num_steps - done.step) * seconds)
-        job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {count / seconds:.1f} {unit}/s  ETA {left}")
+        left = duration((self.num_steps - done.step) * seconds / steps)
+        job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {rate:.1f} {unit}/s  ETA {left}")
 
     def _look_for_trouble(self, job: Job, done: Dispatched) -> None:
         """Names the rows of a step that is not finite or spikes; gives up after NON_FINITE_LIMIT non-finite ones in a row."""

@@ -33,8 +33,8 @@ class TrainState(NamedTuple):
 
 def new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """The state at step 0."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), zero, zero, jnp.zeros((), jnp.float32))
+    zero = functools.partial(jnp.zeros, ())  # a buffer each: the state is donated
+    return TrainState(params, optimizer.init(params), zero(jnp.int32), zero(jnp.int32), zero(jnp.float32))
 
 
 class StepMetrics(NamedTuple):
