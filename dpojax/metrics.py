@@ -7,7 +7,18 @@ import sys
 import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+
+def _summary_writer(folder: pathlib.Path) -> Any:
+    """TensorBoard's writer; tensorboardX imports torch where it is installed, which dpojax never wants."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # the documented way to make an import fail
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), flush_secs=10)
 
 
 def say(message: str) -> None:
@@ -23,7 +34,7 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, *, enabled: bool):
         self.path, self.enabled, self.broken = workdir / "metrics.jsonl", enabled, False
-        self._board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=10) if enabled else None
+        self._board = _summary_writer(workdir / "tensorboard") if enabled else None
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far; a last line that was cut off by a kill is left out."""

@@ -221,7 +221,7 @@ def make_train_step(
     def step(state: TrainState, ref_params, batch: PackedBatch, details) -> tuple[TrainState, StepMetrics]:
         count = denominator(batch).astype(jnp.float32)
         (total, logged), grads, pair_loss = gradients(state.params, ref_params, batch, details, count)
-        loss, grad_norm = total / count, optax.global_norm(grads)
+        loss, grad_norm = total / count, optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, and where the shared real data lies (tests skip without it)."""
 
+import json
 import os
 import pathlib
 
@@ -8,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+import runs
+
+from dpojax.data import world
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -20,3 +24,23 @@ def shared_data() -> pathlib.Path:
     if not DATA.is_dir():
         pytest.skip(f"real data is not at {DATA}; set DPOJAX_TEST_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Preferences as JSONL, and a tokenizer, from a small world."""
+    folder = tmp_path_factory.mktemp("data")
+    made = world.make_world(7, num_posts=2000, num_pairs=64, num_eval=16)
+    for name, records in (("train", made.train), ("eval", made.eval)):
+        lines = [json.dumps(records.get(i)) + "\n" for i in range(records.size)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    made.tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(files, tmp_path_factory):
+    """An uninterrupted run on one device."""
+    workdir = tmp_path_factory.mktemp("plain")
+    output = runs.run(files, workdir)
+    return workdir, output

@@ -1,91 +1,16 @@
 """Whole runs through the command line: the same numbers on any topology, and after a kill."""
 
 import json
-import os
-import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from runs import ROOT, command, losses, numbers, rows, run, start, start_two, wait_for
 
 from dpojax.checkpoint import Checkpoints
-from dpojax.data import world
-
-ROOT = pathlib.Path(__file__).parents[1]
-SMALL = {
-    "batch_size": 8,
-    "num_steps": 6,
-    "log_every_steps": 1,
-    "eval_every_steps": 3,
-    "checkpoint_every_steps": 2,
-    "self_check": "off",
-    "data.eval_max_pairs": 16,
-    "data.micro_batch_tokens": 512,
-    "data.row_tokens": 384,
-    "model.hidden_size": 64,
-    "model.intermediate_size": 96,
-    "model.head_dim": 16,
-    "sft.num_steps": 0,
-    "sample.num_prompts": 0,
-    "sample.reward": "",
-    "optim.learning_rate": 1e-3,
-}
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Preferences as JSONL, and a tokenizer, from a small world."""
-    folder = tmp_path_factory.mktemp("data")
-    made = world.make_world(7, num_posts=2000, num_pairs=64, num_eval=16)
-    for name, records in (("train", made.train), ("eval", made.eval)):
-        lines = [json.dumps(records.get(i)) + "\n" for i in range(records.size)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    made.tokenizer.save(folder)
-    return folder
-
-
-def command(files, workdir, **changes):
-    settings = SMALL | {"data.train": files / "train.jsonl", "data.eval": files / "eval.jsonl"}
-    settings |= {"tokenizer": files / "tokenizer.model", **changes}
-    flags = [f"--config.{k}={v}" for k, v in settings.items()]
-    return [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
-
-
-def environment(devices=1, **more):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
-
-
-def run(files, workdir, *, devices=1, code=0, **changes):
-    done = subprocess.run(
-        command(files, workdir, **changes), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
-
-
-def numbers(workdir):
-    """Everything logged that is no time, by step."""
-    return {(r["step"], k): v for r in rows(workdir) for k, v in r.items() if k not in TIMES}
-
-
-@pytest.fixture(scope="session")
-def plain(files, tmp_path_factory):
-    """An uninterrupted run on one device."""
-    workdir = tmp_path_factory.mktemp("plain")
-    output = run(files, workdir)
-    return workdir, output
 
 
 def test_a_run_leaves_report_metrics_and_summary_and_compiles_each_program_once(plain, files):
@@ -102,33 +27,15 @@ def test_a_run_leaves_report_metrics_and_summary_and_compiles_each_program_once(
     assert "finished" in run(files, workdir)
 
 
-def losses(workdir):
-    return np.array([r["loss"] for r in rows(workdir) if "loss" in r])
-
-
 @pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(plain, files, tmp_path):
     run(files, tmp_path, devices=8, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(plain, files, tmp_path):
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            command(files, tmp_path, **{"mesh.data": 1, "mesh.fsdp": 2}),
-            env=environment(1, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)),
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    started = start_two(files, tmp_path)
     outputs = [p.communicate(timeout=300)[0] for p in started]
     assert [p.returncode for p in started] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
@@ -149,14 +56,9 @@ def test_a_cached_reference_gives_the_losses_of_a_live_one_and_is_checked_before
 
 @pytest.mark.slow
 def test_sigterm_and_resume_are_bit_equal_to_an_uninterrupted_run(plain, files, tmp_path):
-    process = subprocess.Popen(
-        command(files, tmp_path), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("DPO 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
+    process = start(files, tmp_path)
+    wait_for(process, "DPO 3/")
+    process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 143, rest
     assert "resumed at step" in run(files, tmp_path)

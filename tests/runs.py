@@ -1,0 +1,108 @@
+"""Whole runs through the command line, on a small world: what the tests of runs and of faults share."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+    "batch_size": 8,
+    "num_steps": 6,
+    "log_every_steps": 1,
+    "eval_every_steps": 3,
+    "checkpoint_every_steps": 2,
+    "self_check": "off",
+    "data.eval_max_pairs": 16,
+    "data.micro_batch_tokens": 512,
+    "data.row_tokens": 384,
+    "model.hidden_size": 64,
+    "model.intermediate_size": 96,
+    "model.head_dim": 16,
+    "sft.num_steps": 0,
+    "sample.num_prompts": 0,
+    "sample.reward": "",
+    "optim.learning_rate": 1e-3,
+}
+
+
+def command(files, workdir, **changes):
+    settings = SMALL | {"data.train": files / "train.jsonl", "data.eval": files / "eval.jsonl"}
+    settings |= {"tokenizer": files / "tokenizer.model", **changes}
+    flags = [f"--config.{k}={v}" for k, v in settings.items()]
+    return [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
+
+
+# Runs of this session share what they compile: most of them are the same program.
+COMPILED = tempfile.TemporaryDirectory(prefix="dpojax-compiled-")
+
+
+def environment(devices=1, **more):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
+
+
+def run(files, workdir, *, devices=1, code=0, **changes):
+    done = subprocess.run(
+        command(files, workdir, **changes), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
+
+
+def numbers(workdir):
+    """Everything logged that is no time, by step."""
+    return {(r["step"], k): v for r in rows(workdir) for k, v in r.items() if k not in TIMES}
+
+
+def losses(workdir):
+    return np.array([r["loss"] for r in rows(workdir) if "loss" in r])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(files, workdir, env=None, **changes):
+    """The command in the background, its output in one pipe."""
+    argv = command(files, workdir, **changes)
+    return subprocess.Popen(
+        argv, env=env or environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def start_two(files, workdir, *, env=None, second=None, **changes):
+    """Two processes of one run on localhost, one device each; `second` changes settings of the other one only."""
+    changes = {"mesh.data": 1, "mesh.fsdp": 2, **changes}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", **(env or {})}
+    settings = [changes, {**changes, **(second or {})}]
+    return [start(files, workdir, environment(1, **shared, JAX_PROCESS_ID=str(i)), **s) for i, s in enumerate(settings)]
+
+
+def wait_for(process, text):
+    """Reads a process's output up to a line that starts with `text`."""
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if line.startswith(text):
+            return
+    raise AssertionError(f"no line {text!r} in:\n{''.join(read)[-3000:]}")

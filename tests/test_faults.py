@@ -1,0 +1,412 @@
+"""What goes wrong on real machines, each with its outcome: kills, damaged files, bad numbers, full disks, bad weights."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from runs import ROOT, command, environment, free_port, losses, numbers, rows, run, start, start_two, wait_for
+
+from dpojax.checkpoint import Checkpoints
+from dpojax.config import from_config_dict, load_config_file
+from dpojax.data.pipeline import _name_failures
+from dpojax.data.tokens import load_tokenizer
+from dpojax.errors import ConfigError, DataError
+from dpojax.main import make_workdir
+from dpojax.models import hf
+from dpojax.train import SPIKE_AFTER_STEPS, Ratio, make_train_step, new_state
+
+
+def checksums(workdir, step=6):
+    return Checkpoints(workdir / "checkpoints", keep=9).meta(step)["checksums"]
+
+
+def finish(process, code, timeout=200):
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+# --- signals and kills ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sigkill_at_any_moment_of_a_save_loses_nothing_that_was_committed(plain, files, tmp_path):
+    rng = random.Random(0)
+    for moment in ("DPO 2/", "DPO 4/"):
+        process = start(files, tmp_path, **{"checkpoint_every_steps": 1})
+        wait_for(process, moment)
+        time.sleep(rng.uniform(0, 0.3))  # somewhere in the asynchronous saves
+        process.kill()
+        process.communicate(timeout=60)
+    run(files, tmp_path, **{"checkpoint_every_steps": 1})
+    assert numbers(tmp_path) == numbers(plain[0])
+    assert checksums(tmp_path) == checksums(plain[0])
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once_and_the_run_resumes(plain, files, tmp_path):
+    process = start(files, tmp_path)
+    wait_for(process, "DPO 2/")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    finish(process, 130, timeout=30)
+    run(files, tmp_path)
+    assert numbers(tmp_path) == numbers(plain[0])
+
+
+def test_an_interrupt_outside_the_loop_stops_at_once(files, tmp_path):
+    process = start(files, tmp_path)
+    wait_for(process, "model:")
+    process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in finish(process, 143, timeout=60)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes_bit_equal(files, tmp_path):
+    whole = tmp_path / "whole"
+    for process in start_two(files, whole):
+        finish(process, 0)
+    stopped = tmp_path / "stopped"
+    first, second = start_two(files, stopped)
+    wait_for(first, "DPO 2/")
+    second.send_signal(signal.SIGTERM)
+    outputs = finish(first, 143), finish(second, 143)
+    assert "stopped at step" in outputs[0]
+    for process in start_two(files, stopped):
+        finish(process, 0)
+    assert numbers(stopped) == numbers(whole)
+    assert checksums(stopped) == checksums(whole)
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_a_restart_resumes(files, tmp_path):
+    first, second = start_two(files, tmp_path, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=40)
+    wait_for(first, "DPO 4/")
+    second.kill()
+    start_time = time.monotonic()
+    first.communicate(timeout=120)
+    assert first.returncode not in (0, None) and time.monotonic() - start_time < 60
+    second.communicate(timeout=10)
+    outputs = [finish(p, 0) for p in start_two(files, tmp_path, num_steps=40)]
+    assert "resumed at step" in outputs[0]
+
+
+@pytest.mark.parametrize("change", ["config", "data"])
+def test_processes_with_different_config_or_data_all_exit_2(files, tmp_path, change):
+    other = tmp_path / "other.jsonl"
+    other.write_text((files / "train.jsonl").read_text().replace("dollars", "Dollars"))
+    copy = tmp_path / "train.jsonl"
+    shutil.copy(files / "train.jsonl", copy)
+    if change == "config":
+        started = start_two(files, tmp_path / "w", second={"loss.beta": 0.2})
+    else:  # the same path in the config, other bytes: each process sees its own folder
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        shutil.copy(copy, tmp_path / "a/train.jsonl")
+        shutil.copy(other, tmp_path / "b/train.jsonl")
+        argv = command(files, tmp_path / "w", **{"data.train": "train.jsonl", "mesh.data": 1, "mesh.fsdp": 2})
+        argv = [a.replace("configs/", f"{ROOT}/configs/") for a in argv]
+        shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        started = [
+            subprocess.Popen(argv, cwd=tmp_path / folder, env=environment(1, **shared, JAX_PROCESS_ID=str(i)),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for i, folder in enumerate("ab")
+        ]  # fmt: skip
+    for process in started:
+        assert f"another {change}" in finish(process, 2)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(plain, tmp_path):
+    """A copy of a finished run that thinks it is not finished."""
+    shutil.copytree(plain[0], tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "garbage metadata"])
+def test_a_damaged_checkpoint_is_refused_with_the_step_to_fall_back_to(files, finished, damage):
+    folder = finished / "checkpoints/6"
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "truncated":
+        os.truncate(largest, largest.stat().st_size // 2)
+    elif damage == "deleted":
+        largest.unlink()
+    else:
+        next(folder.rglob("_METADATA")).write_text("{]")
+    output = run(files, finished, code=4)
+    assert "checkpoints/6" in output and "restore_step=4" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"loss.name": "ipo"}, "another loss: {'name': 'sigmoid'} then, {'name': 'ipo'} now"),
+        ({"seed": 1}, "another"),
+        ({"model.intermediate_size": 128}, "down"),
+        ({"model.param_dtype": "bfloat16"}, "allow_changed=dtype"),
+        ({"data.max_response_tokens": 20}, "another layout: {'max_response_tokens': 128} then"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(files, finished, changes, names):
+    output = run(files, finished, code=4, **changes)
+    assert names in output and "Traceback" not in output
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.slow
+def test_what_is_allowed_to_change_is_said_and_recorded(files, finished):
+    changes = {"loss.beta": 0.2, "num_steps": 8, "checkpoint.allow_changed": "loss", "optim.learning_rate": 5e-4}
+    output = run(files, finished, **changes)
+    assert "resuming with another loss, as allowed" in output and "optim.learning_rate 0.001 -> 0.0005" in output
+    changed = Checkpoints(finished / "checkpoints", keep=9).meta(8)["changed"]
+    assert changed[0]["step"] == 6 and changed[0]["names"] == ["loss"]
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_topologies_with_the_same_batches(plain, files, tmp_path):
+    process = start(files, tmp_path, env=environment(8), **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    wait_for(process, "DPO 2/")
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    stopped = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    run(files, tmp_path, devices=2, num_steps=max(4, stopped), **{"mesh.data": -1})
+    (tmp_path / "summary.json").unlink()
+    run(files, tmp_path)
+    assert [r["num_tokens"] for r in rows(tmp_path) if "loss" in r] == [r["num_tokens"] for r in rows(plain[0]) if "loss" in r]
+    np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_no_training_until_saves_fail_three_times(files, tmp_path):
+    small = 200 * 1024  # bytes a file may have: metrics fit, arrays do not
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))
+
+    def go(workdir, **changes):
+        argv = command(files, workdir, **{"model.hidden_size": 256, **changes})
+        env = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        return subprocess.run(argv, env=env, preexec_fn=limit, capture_output=True, text=True, timeout=300)
+
+    done = go(tmp_path / "twice", num_steps=4)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "was not saved" in done.stdout and "training goes on" in done.stdout and "DPO 4/4" in done.stdout
+    done = go(tmp_path / "often", checkpoint_every_steps=1)
+    assert done.returncode == 4 and "saves failed in a row" in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_stop_nothing(files, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    output = run(files, tmp_path, num_steps=2)
+    assert output.count("cannot be written") == 1 and (tmp_path / "report.html").is_file()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_non_finite_steps_name_their_rows_and_three_in_a_row_end_the_run_with_a_dump(files, tmp_path):
+    lines = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    for bad in (8, 9):  # both in step 2 of the unshuffled data: their losses add up to more than float32 holds
+        lines[bad]["weight"] = 3e38
+    one = tmp_path / "one.jsonl"
+    one.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    common = {"data.shuffle": False, "eval_every_steps": 100}
+    output = run(files, tmp_path / "one", **common, **{"data.train": one, "num_steps": 4})
+    assert "DPO 2: not finite" in output and "parameters unchanged" in output
+    note = json.loads((tmp_path / "one/quarantine.jsonl").read_text())
+    assert note["step"] == 2 and {"one.jsonl:9", "one.jsonl:10"} <= set(note["rows"])
+    assert json.loads((tmp_path / "one/summary.json").read_text())["skipped_steps"] == 1
+    for bad in range(8, 32):
+        lines[bad]["weight"] = 3e38
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    output = run(files, tmp_path / "many", code=5, **common, **{"data.train": many})
+    assert "3 steps in a row up to step 4" in output
+    dump = json.loads((tmp_path / "many/dump-dpo-4.json").read_text())
+    assert len(dump["pairs"]) == 8 and dump["config"]["batch_size"] == 8
+
+
+def spiky_step(*, skip):
+    """A step whose loss is the batch's weight times a parameter."""
+    batch, _ = tiny.pack(tiny.groups(np.random.default_rng(0), 2))
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def sums(params, ref, mb, details):
+        loss = mb.pair_weight[0, 0] * params["x"]
+        return loss, ({"seen": Ratio(loss, jnp.ones(()))}, jnp.zeros(mb.valid.shape))
+
+    optimizer = optax.sgd(1e-3)
+    step = make_train_step(sums, lambda b: jnp.ones(()), optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
+    state = new_state(optimizer, {"x": jnp.ones(())})
+    return jax.jit(step), state, lambda w: batch._replace(pair_weight=jnp.full_like(batch.pair_weight, w))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loss_spike_is_noticed_and_skipped_only_where_the_guard_is_on(skip):
+    step, state, batch = spiky_step(skip=skip)
+    for _ in range(SPIKE_AFTER_STEPS):
+        state, metrics = step(state, None, batch(1.0), False)
+        assert not metrics.spike
+    after, metrics = step(state, None, batch(150.0), False)
+    assert metrics.spike and metrics.finite
+    assert (after.params["x"] == state.params["x"]) == skip
+    assert int(after.skipped) == int(skip) and int(after.step) == SPIKE_AFTER_STEPS + 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing_to_the_bit():
+    step, state, batch = spiky_step(skip=False)
+    state, _ = step(state, None, batch(1.0), False)
+    after, metrics = step(state, None, batch(np.nan), False)
+    assert not metrics.finite
+    for name, (old, new) in {
+        "params": (state.params["x"], after.params["x"]),
+        "average": (state.loss_average, after.loss_average),
+    }.items():
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), name
+    assert int(after.skipped) == 1 and int(after.step) == 2
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_dies_ends_the_run_with_exit_3_and_its_traceback(files, tmp_path):
+    data = tmp_path / "train.jsonl"
+    shutil.copy(files / "train.jsonl", data)
+    process = start(
+        files,
+        tmp_path / "w",
+        **{"data.train": data, "data.workers": 1, "num_steps": 400, "eval_every_steps": 500, "log_every_steps": 5},
+    )
+    wait_for(process, "DPO 5/")
+    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+    workers = [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
+    assert workers, children
+    start_time = time.monotonic()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    output = finish(process, 3, timeout=60)
+    assert time.monotonic() - start_time < 30  # 5 s on an idle machine, and the prefetched batches are trained on first
+    assert "could not be made" in output
+
+
+def test_whatever_a_worker_raises_becomes_a_data_error_with_its_traceback():
+    def broken():
+        yield "batch"
+        raise KeyError("column")
+
+    batches = _name_failures(broken(), 4)
+    assert next(batches) == "batch"
+    with pytest.raises(DataError, match=r"(?s)batch of step 6 .*KeyError.*in broken"):
+        next(batches)
+
+
+@pytest.mark.slow
+def test_fewer_rows_than_a_batch_repeat_within_the_step(files, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((files / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    run(files, tmp_path / "w", **{"data.train": few, "data.eval": few, "num_steps": 2})
+    assert np.isfinite(losses(tmp_path / "w")).all()
+
+
+# --- paths, weights, tokenizers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 4000, "FILE/below", "FILE"])
+def test_a_hostile_workdir_is_a_config_error(tmp_path, name):
+    (tmp_path / "FILE").write_text("")
+    with pytest.raises(ConfigError, match="workdir"):
+        make_workdir(str(tmp_path / name), "configs/tldr.py")
+
+
+@pytest.mark.parametrize("spec", ["configs/tldr.py:../../x", "configs/tldr.py:a/b", "configs/tldr.py:" + "x" * 4000])
+def test_a_hostile_run_name_is_a_config_error(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="set --workdir"):
+        make_workdir(None, spec)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A small Hugging Face directory."""
+    model = tiny.model()
+    hf.export_params(tiny.params(model), tiny.CONFIG, tmp_path, bos_id=1, eos_id=2, tokenizer=None)
+    shardings = jax.tree.map(
+        lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    return tmp_path, shardings
+
+
+def test_sound_weights_load(weights):
+    folder, shardings = weights
+    loaded = hf.load_params(folder, hf.read_config(folder), shardings, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tiny.params(tiny.model()))
+
+
+@pytest.mark.parametrize(
+    "fault", ["truncated", "huge header", "pickle", "wrong shape", "missing", "extra", "integers", "outside", "absolute"]
+)
+def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault):
+    from safetensors.flax import load_file, save_file
+
+    folder, shardings = weights
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if fault == "truncated":
+        os.truncate(file, file.stat().st_size - 7)
+    elif fault == "huge header":
+        file.write_bytes((2**62).to_bytes(8, "little") + file.read_bytes()[8:])
+    elif fault == "pickle":
+        file.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94")
+    elif fault == "wrong shape":
+        save_file({**tensors, name: tensors[name].T}, file)
+    elif fault == "missing":
+        save_file({k: v for k, v in tensors.items() if k != name}, file)
+    elif fault == "extra":
+        save_file({**tensors, "model.layers.2.mlp.up_proj.weight": tensors[name]}, file)
+    elif fault == "integers":
+        save_file({**tensors, name: tensors[name].astype(jnp.int32)}, file)
+    else:
+        place = "../model.safetensors" if fault == "outside" else str(file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, place)}))
+    with pytest.raises(ConfigError, match=str(folder)):
+        hf.load_params(folder, hf.read_config(folder), shardings, jnp.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 100, b'{"model": {}}'])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_broken_tokenizer_is_a_config_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tldr", "hh", "imdb"])
+@pytest.mark.parametrize("argument", ["", ":paper"])
+def test_every_shipped_config_is_valid(name, argument):
+    values = load_config_file(f"configs/{name}.py{argument}")
+    if name != "tldr" or argument:
+        values.data.train = values.data.eval = "x.jsonl"
+        values.model.init = "model"
+    assert from_config_dict(values).loss.beta == {"tldr:paper": 0.5}.get(name + argument, 0.1)
