@@ -99,10 +99,10 @@ class Checkpoints:
         Args:
           keep: how many of the newest steps stay.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
-        self.folder, self.failed, self._keep = folder.resolve(), 0, keep
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; its errors are passed on here
+        self.folder, self.failed, self._keep, self._pending = folder.resolve(), 0, keep, False
         folder.mkdir(parents=True, exist_ok=True)
-        self.strays = sorted(p.name for p in folder.iterdir() if not (p.name.isdigit() and (p / COMMITTED).exists()))
+        self.strays = sorted({p.name for p in folder.iterdir()} - set(map(str, committed_steps(folder))))
         self._open()
 
     def _open(self) -> None:
@@ -120,35 +120,40 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first."""
-        return [c.step for c in self._checkpointer.checkpoints]
+        return committed_steps(self.folder)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> str | None:
-        """Starts saving; returns what went wrong with this save's start or an earlier one, or None.
+        """Starts saving; returns what went wrong with its start or with the save before it, or None.
 
         The arrays are copied to the host before it returns; writing goes on in the background.
         Raises: CheckpointError after MAX_FAILED_SAVES failures in a row.
         """
         meta = {**meta, "step": step, "checksums": checksums(state)}
+        trouble = self.wait()
+        if step in self.steps():
+            return trouble
         try:
-            self._checkpointer.wait()
-            if step not in self.steps():
-                self._checkpointer.save_checkpointables_async(step, {"state": state, "meta": meta})
-            self.failed = 0
+            self._checkpointer.save_checkpointables_async(step, {"state": state, "meta": meta})
+            self._pending = True
         except Exception as error:  # Orbax passes on whatever the file system raised
             return self._failure(error)
-        return None
+        return trouble
 
     def wait(self) -> str | None:
-        """Waits until the last save is committed; returns what went wrong, or None."""
+        """Waits until the last save is committed; returns what went wrong with it, or None."""
+        if not self._pending:
+            return None
+        self._pending = False
         try:
             self._checkpointer.wait()
         except Exception as error:
             return self._failure(error)
+        self.failed = 0
         return None
 
     def _failure(self, error: Exception) -> str:
         self.failed += 1
-        message = f"checkpoint in {self.folder} was not saved: {type(error).__name__}: {error}"
+        message = f"a checkpoint in {self.folder} was not saved: {type(error).__name__}: {str(error).splitlines()[0]:.400}"
         if self.failed >= MAX_FAILED_SAVES:
             raise CheckpointError(f"{message}; {self.failed} saves failed in a row") from error
         return message
@@ -186,9 +191,12 @@ class Checkpoints:
     def _saved(self, step: int) -> Any:
         """Shapes and dtypes of a step's state as it lies on disk."""
         try:
-            return self._checkpointer.checkpointables_metadata(step).metadata["state"]
+            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
+        if not jax.tree.leaves(saved):
+            raise self._damaged(step, ValueError("its metadata names no array"))
+        return saved
 
     def restore_params(self, step: int, abstract: Any, shardings: Any, meta: dict[str, Any]) -> Any:
         """The parameters alone of a step, without reading the rest; arguments shaped like the parameters.
@@ -268,15 +276,18 @@ def _path(path: tuple) -> str:
     return "/".join(map(name, path))
 
 
+def committed_steps(folder: pathlib.Path) -> list[int]:
+    """The steps in a checkpoints folder, oldest first: folders named by a number that hold Orbax's commit file."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / COMMITTED).is_file())
+
+
 def newest_step(folder: pathlib.Path) -> pathlib.Path | None:
     """The newest committed step in a step folder, a checkpoints folder or a workdir; None if there is none."""
     if (folder / COMMITTED).is_file():
         return folder
     for place in (folder, folder / "checkpoints"):
-        if place.is_dir():
-            steps = [p for p in place.iterdir() if p.name.isdigit() and (p / COMMITTED).is_file()]
-            if steps:
-                return max(steps, key=lambda p: int(p.name))
+        if place.is_dir() and (steps := committed_steps(place)):
+            return place / str(steps[-1])
     return None
 
 

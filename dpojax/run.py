@@ -75,8 +75,6 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     del params  # the state has taken their memory
     start = int(state.step)
     job.log.rewind(sft_step=10**12, step=start if start else -1)
-    if start == 0:
-        evaluation(0, state)
     state = train_stage(job, stage, state, ref)
     stage.checkpoints.close()
     if not evaluation.scalars:
@@ -102,8 +100,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
         "self_check": check._asdict() if check else None,
     }
     if job.main_process:
-        path = report.write_report(workdir, config, summary, job.log.rows(), evaluation.results, samples)
         _write_summary(workdir, summary)
+        path = report.write_report(workdir, config, summary, job.log.rows(), evaluation.results, samples)
         _say_results(summary, path, job)
     job.log.close()
     return summary

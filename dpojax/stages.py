@@ -55,10 +55,11 @@ class Stage:
     epoch_groups: int
     evaluate: Callable[[int, TrainState], None]
     num_tokens: int = 0  # trained on since step 0
+    evaluation_due: bool = True  # before the next step: at step 0, and where a signal came before an evaluation
     pairs: int = 0  # trained on in this process, after its first step
     seconds: float = 0.0  # that they took
     finished: int = 0  # steps of this process
-    since_log: tuple[int, int, int, float] = (0, 0, 0, 0.0)  # steps, pairs, tokens, seconds
+    since_log: tuple[float, ...] = (0, 0, 0, 0)  # steps, pairs, tokens, seconds
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
@@ -75,7 +76,7 @@ class Stage:
         self._look_for_trouble(job, done)
         if _is_logged(job, self, done.step):
             self._log(job, done)
-            self.since_log = (0, 0, 0, 0.0)
+            self.since_log = (0, 0, 0, 0)
         return now
 
     def _log(self, job: Job, done: Dispatched) -> None:
@@ -151,12 +152,17 @@ class Stage:
         return path
 
     def save(self, job: Job, step: int, state: TrainState, *, wait: bool) -> None:
-        """Starts a checkpoint of `state`; with `wait`, until it is committed."""
-        trouble = self.checkpoints.save(step, state, {**self.meta, "num_tokens": self.num_tokens})
-        if wait:
-            trouble = self.checkpoints.wait() or trouble
-        if trouble:
-            job.say(f"warning: {trouble}; training goes on")
+        """Starts a checkpoint of `state`; with `wait`, tries until it is committed.
+
+        Raises: CheckpointError when saves failed too often in a row.
+        """
+        meta = {**self.meta, "num_tokens": self.num_tokens, "evaluation_due": self.evaluation_due}
+        while True:
+            troubles = [self.checkpoints.save(step, state, meta), self.checkpoints.wait() if wait else None]
+            for trouble in filter(None, troubles):
+                job.say(f"warning: {trouble}; {'trying again' if wait else 'training goes on'}")
+            if not wait or step in self.checkpoints.steps():
+                return
 
 
 def _is_logged(job: Job, stage: Stage, step: int) -> bool:
@@ -174,6 +180,9 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> T
 
 def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
     start = int(state.step)
+    if stage.evaluation_due:
+        stage.evaluate(start, state)
+        stage.evaluation_due = False
     batches = stage.batches(start)
     pending: Dispatched | None = None
     clock = time.monotonic()
@@ -191,6 +200,7 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainS
             continue
         stage.finish(job, pending, clock)
         pending = None
+        stage.evaluation_due = evaluation_due and bool(exit_code)
         if evaluation_due and not exit_code:
             stage.evaluate(step, state)
         if checkpoint_due or exit_code:
@@ -256,7 +266,7 @@ def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) 
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = stage.checkpoints.restore(step, targets, meta)
     stage.checkpoints.drop_after(step)
-    stage.num_tokens = meta["num_tokens"]
+    stage.num_tokens, stage.evaluation_due = meta["num_tokens"], meta["evaluation_due"]
     job.say(f"{stage.name}: resumed at step {step} of {stage.num_steps}, every checksum equal")
     return state
 

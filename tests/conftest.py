@@ -8,7 +8,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
+
+# The shapes that these modules annotate are checked at every call (not in the subprocesses that run the command line).
+SHAPED = ("losses", "logps", "train", "sampling", "models", "data.packing")
+jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartype")
+
 import runs
 
 from dpojax.data import world
@@ -44,3 +50,13 @@ def plain(files, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
     output = runs.run(files, workdir)
     return workdir, output
+
+
+@pytest.fixture(scope="session")
+def plain_two(files, tmp_path_factory):
+    """The same run in two processes of one device each."""
+    workdir = tmp_path_factory.mktemp("plain_two")
+    started = runs.start_two(files, workdir)
+    outputs = [p.communicate(timeout=300)[0] for p in started]
+    assert [p.returncode for p in started] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    return workdir

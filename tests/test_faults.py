@@ -73,32 +73,28 @@ def test_an_interrupt_outside_the_loop_stops_at_once(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes_bit_equal(files, tmp_path):
-    whole = tmp_path / "whole"
-    for process in start_two(files, whole):
-        finish(process, 0)
-    stopped = tmp_path / "stopped"
-    first, second = start_two(files, stopped)
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes_bit_equal(plain_two, files, tmp_path):
+    first, second = start_two(files, tmp_path)
     wait_for(first, "DPO 2/")
     second.send_signal(signal.SIGTERM)
     outputs = finish(first, 143), finish(second, 143)
     assert "stopped at step" in outputs[0]
-    for process in start_two(files, stopped):
+    for process in start_two(files, tmp_path):
         finish(process, 0)
-    assert numbers(stopped) == numbers(whole)
-    assert checksums(stopped) == checksums(whole)
+    assert numbers(tmp_path) == numbers(plain_two)
+    assert checksums(tmp_path) == checksums(plain_two)
 
 
 @pytest.mark.slow
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_a_restart_resumes(files, tmp_path):
-    first, second = start_two(files, tmp_path, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=40)
+    first, second = start_two(files, tmp_path, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=12)
     wait_for(first, "DPO 4/")
     second.kill()
     start_time = time.monotonic()
     first.communicate(timeout=120)
     assert first.returncode not in (0, None) and time.monotonic() - start_time < 60
     second.communicate(timeout=10)
-    outputs = [finish(p, 0) for p in start_two(files, tmp_path, num_steps=40)]
+    outputs = [finish(p, 0) for p in start_two(files, tmp_path, num_steps=12)]
     assert "resumed at step" in outputs[0]
 
 
@@ -194,22 +190,24 @@ def test_a_run_moves_between_topologies_with_the_same_batches(plain, files, tmp_
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_no_training_until_saves_fail_three_times(files, tmp_path):
-    small = 200 * 1024  # bytes a file may have: metrics fit, arrays do not
+def test_a_full_disk_stops_no_training_and_saves_go_on_when_there_is_room(files, tmp_path):
+    full, room = (200 * 1024,) * 2, (resource.RLIM_INFINITY,) * 2  # bytes that a file may have: metrics fit, arrays do not
+    uncached = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    settings = {"model.hidden_size": 256, "num_steps": 30, "eval_every_steps": 100}
+    process = start(files, tmp_path / "freed", env=uncached, **settings, **{"checkpoint_every_steps": 10})
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, full)
+    wait_for(process, "warning: a checkpoint")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, room)
+    finish(process, 0)
+    assert 30 in Checkpoints(tmp_path / "freed/checkpoints", keep=9).steps()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))
 
-    def go(workdir, **changes):
-        argv = command(files, workdir, **{"model.hidden_size": 256, **changes})
-        env = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-        return subprocess.run(argv, env=env, preexec_fn=limit, capture_output=True, text=True, timeout=300)
-
-    done = go(tmp_path / "twice", num_steps=4)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "was not saved" in done.stdout and "training goes on" in done.stdout and "DPO 4/4" in done.stdout
-    done = go(tmp_path / "often", checkpoint_every_steps=1)
-    assert done.returncode == 4 and "saves failed in a row" in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+@pytest.mark.slow
+def test_three_failed_saves_in_a_row_end_the_run_with_exit_4(files, tmp_path):
+    uncached = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = start(files, tmp_path, env=uncached, **{"model.hidden_size": 256, "checkpoint_every_steps": 1})
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200 * 1024,) * 2)
+    assert "3 saves failed in a row" in finish(process, 4)
 
 
 @pytest.mark.slow

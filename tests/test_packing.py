@@ -36,11 +36,9 @@ def loss_and_grad(batch, model=MODEL):
     loss = make_loss("sigmoid", beta=0.5)
     ref = tiny.params(MODEL, seed=1)
 
-    def total(params):
-        sums = [preference_sums(model, loss, 32, params, ref, micro_batch(batch, i))[0] for i in range(int(batch.num_micro))]
-        return sum(sums) / int(batch.num_pairs)
-
-    return jax.jit(jax.value_and_grad(total))(PARAMS)
+    one = jax.jit(jax.value_and_grad(lambda params, mb: preference_sums(model, loss, 32, params, ref, mb)[0]))
+    parts = [one(PARAMS, micro_batch(batch, i)) for i in range(int(batch.num_micro))]
+    return jax.tree.map(lambda *xs: sum(xs) / int(batch.num_pairs), *parts)
 
 
 def relative(a, b):

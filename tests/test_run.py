@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import ROOT, command, losses, numbers, rows, run, start, start_two, wait_for
+from runs import ROOT, command, losses, numbers, rows, run, start, wait_for
 
 from dpojax.checkpoint import Checkpoints
 
@@ -34,11 +34,10 @@ def test_eight_devices_give_the_losses_of_one(plain, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(plain, files, tmp_path):
-    started = start_two(files, tmp_path)
-    outputs = [p.communicate(timeout=300)[0] for p in started]
-    assert [p.returncode for p in started] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
+def test_two_processes_give_the_losses_and_the_batches_of_one(plain, plain_two):
+    np.testing.assert_allclose(losses(plain_two), losses(plain[0]), atol=1e-5)
+    tokens = lambda workdir: [r["num_tokens"] for r in rows(workdir) if "loss" in r]
+    assert tokens(plain_two) == tokens(plain[0])
 
 
 def test_a_cached_reference_gives_the_losses_of_a_live_one_and_is_checked_before_use(plain, files, tmp_path):

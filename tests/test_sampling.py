@@ -44,10 +44,7 @@ def test_a_sample_depends_on_its_prompt_and_key_and_not_on_its_neighbours():
 def test_greedy_is_the_argmax_token_by_token():
     responses, _ = generate(temperature=0.0)
     for prompt, response in zip(PROMPTS, responses, strict=True):
-        whole = jnp.asarray([[*prompt, *response]])
-        one = jnp.ones_like(whole)
-        hidden = MODEL.hidden_states(PARAMS, whole, jnp.cumsum(one, axis=1) - 1, one, one * 0)
-        best = jnp.argmax(MODEL.unembed(MODEL.head(PARAMS), hidden)[0], axis=-1)
+        best = tiny.all_logps(MODEL, PARAMS, [*prompt, *response]).argmax(axis=-1)
         assert best[len(prompt) - 1 : -1].tolist() == response
 
 

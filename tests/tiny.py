@@ -98,11 +98,24 @@ def by_response(batch, logps):
     return found
 
 
-def naive_logps(m, p, prompt, response):
-    """log pi(response | prompt) token by token: one unpadded sequence through full attention and log_softmax."""
-    tokens = jnp.asarray([[*prompt, *response]])
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _log_softmax(hidden_states, head, unembed, p, tokens):
     one = jnp.ones_like(tokens)
-    hidden = m.hidden_states(p, tokens, jnp.arange(tokens.shape[1])[None], one, one * 0)
-    logits = jax.nn.log_softmax(m.unembed(m.head(p), hidden)[0], axis=-1)
+    hidden = hidden_states(p, tokens, jnp.arange(tokens.shape[1])[None], one, one * 0)
+    return jax.nn.log_softmax(unembed(head(p), hidden)[0], axis=-1)
+
+
+def all_logps(m, p, ids):
+    """log pi(. | prefix) after every token of one sequence, through log_softmax over everything. [len(ids), V].
+
+    Zeros follow it up to a multiple of 32, so that few shapes are compiled; what comes later cannot be seen.
+    """
+    padded = jnp.asarray([[*ids, *[0] * (-len(ids) % 32)]])
+    return np.asarray(_log_softmax(m.hidden_states, m.head, m.unembed, p, padded))[: len(ids)]
+
+
+def naive_logps(m, p, prompt, response):
+    """log pi(response | prompt) token by token, of one sequence alone."""
+    logps = all_logps(m, p, [*prompt, *response])
     index = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return np.asarray(logits[index, np.asarray(response)])
+    return logps[index, np.asarray(response)]
