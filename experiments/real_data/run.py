@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", default="runs/real_data")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--only", default="tldr," + ",".join(HH))
     args = parser.parse_args()
     data, out = pathlib.Path(args.data), pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,16 +59,16 @@ def main() -> None:
         "eval_every_steps": 50,
         "data.eval_max_pairs": 0,
         "sft.num_steps": 0,
-        "optim.learning_rate": args.learning_rate,
+        "optim.learning_rate": 1e-4,
         "sample.num_prompts": 16,
     }
     tldr = {"train": data / "tldr/train.jsonl.gz", "eval": data / "tldr/validation.jsonl.gz"}
     found = {}
-    for name in ("tldr", *HH):
+    for name in args.only.split(","):
         files = tldr if name == "tldr" else split(data / f"hh/{name}.jsonl.gz", out)
         own = {"data.train": files["train"], "data.eval": files["eval"]}
         if name == "tldr":
-            own["data.prompt_template"] = "{prompt}\n\nTL;DR:"
+            own |= {"data.prompt_template": "{prompt}\n\nTL;DR:", "optim.learning_rate": 3e-5}
         config = "configs/tldr.py" if name == "tldr" else "configs/hh.py"
         found[name] = train(out / name, config, common | own)
     (out / "results.json").write_text(json.dumps(found, indent=1))
