@@ -138,7 +138,9 @@ class JsonTokenizer:
         return self._continuation.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._prompt.decode([int(i) for i in ids], skip_special_tokens=True)
+        # BOS and EOS by hand: `skip_special_tokens` leaves those that the vocabulary itself holds.
+        text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
+        return self._prompt.decode(text, skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         return self._prompt.id_to_token(int(token)) or f"<{token}>"
