@@ -20,6 +20,12 @@ SETTINGS = {
 }
 
 
+KEYS = (
+    *("loss", "grad_norm", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+    *("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"),
+)
+
+
 class TokenRows(DPOTrainer):
     """TRL has no path for rows that are token ids already; its preparation is left out, nothing else."""
 
@@ -29,7 +35,7 @@ class TokenRows(DPOTrainer):
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
         if "loss" in logs:
-            self.records.append({k: float(logs[k]) for k in ("loss", "grad_norm", "rewards/margins")})
+            self.records.append({k: float(logs[k]) for k in KEYS})
 
 
 def run(model: str, rows: list[dict], setting: str, steps: int) -> dict[str, list[float]]:
