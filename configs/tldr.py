@@ -86,13 +86,14 @@ def default() -> ConfigDict:
     c.model.init_std = 0.08
 
     c.sft = ConfigDict()
-    c.sft.num_steps = 240
+    c.sft.num_steps = -1  # -1: steps_from_random where model.init is "", none where it brings weights
+    c.sft.steps_from_random = 240
     c.sft.data = ""  # "": the chosen responses; the embedded world has demonstrations of its own
     c.sft.batch_size = 16  # prompts
     c.sft.learning_rate = 5e-3
     c.sft.schedule = "cosine"
     c.sft.warmup_steps = 50
-    c.sft.b2 = 0.95  # of its optimizer (config.optim otherwise): a short run wants a short memory
+    c.sft.b2 = 0.95  # of its optimizer, where it has one (config.optim otherwise): a short run wants a short memory
 
     c.loss = ConfigDict()
     c.loss.name = "sigmoid"

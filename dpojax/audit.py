@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpojax.config import check_template, unescape
 from dpojax.data.index import Dataset
 from dpojax.data.packing import TokenGroup
 from dpojax.data.records import open_records
@@ -158,9 +159,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     args = parser.parse_args(argv)
     try:
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        tokenizer, template = (load_tokenizer(args.tokenizer) if args.tokenizer else None), unescape(args.prompt_template)
+        check_template(template)
         limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
-        data = Dataset(open_records(args.data), RowReader(args.prompt_template), tokenizer, limits)
+        data = Dataset(open_records(args.data), RowReader(template), tokenizer, limits)
         progress = Progress("reading", data.records.size, "rows", enabled=True)
         found = audit(data, show=args.show, progress=progress)
     except DpojaxError as error:

@@ -253,17 +253,30 @@ class Checkpoints:
             return "; there is no older step: start again in another --workdir"
         return f"; to continue from the step before, add --config.checkpoint.restore_step={older[-1]}"
 
-    def drop_after(self, step: int) -> None:
-        """Removes the steps after `step`: a run that falls back writes them anew."""
+    def descends_from(self, step: int, fallback: int) -> bool:
+        """Whether `step` was saved by a run that had fallen back to step `fallback`; False if it cannot be read."""
+        try:
+            return fallback in self.meta(step).get("fallbacks", [])
+        except CheckpointError:
+            return False
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Renames the steps after `step`, which a run that falls back writes anew; returns their new names."""
+        multihost_utils.sync_global_devices("all processes have read the checkpoint")
         newer = [s for s in self.steps() if s > step]
+        multihost_utils.sync_global_devices("all processes know the newer checkpoints")
         if not newer:
-            return
+            return []
         self._checkpointer.close()
+        names = {s: f"set-aside-{s}" for s in newer}
         if jax.process_index() == 0:
-            for s in newer:
-                shutil.rmtree(self.folder / str(s))
-        multihost_utils.sync_global_devices("dropped newer checkpoints")
+            for s, name in names.items():
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
+                (self.folder / str(s)).rename(self.folder / name)
+        multihost_utils.sync_global_devices("the newer checkpoints are set aside")
         self._open()  # Orbax remembers the steps that it found
+        return list(names.values())
 
     def close(self) -> None:
         """Waits for the last save and releases Orbax's threads."""

@@ -19,6 +19,9 @@ import ml_collections
 from dpojax.errors import ConfigError
 from dpojax.losses import objective_settings
 
+LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers")
+# The moments and eps that each optimizer has.
+OPTIMIZERS = {"adamw": ("b1", "b2", "eps"), "rmsprop": ("b2", "eps"), "adafactor": (), "lion": ("b1", "b2")}
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (
     *REQUIRED_SIZES,
@@ -77,15 +80,16 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """The supervised stage before DPO; num_steps 0 skips it."""
+    """The supervised stage before DPO; num_steps 0 skips it. In a validated Config num_steps is at least 0."""
 
-    num_steps: int
+    num_steps: int  # -1: steps_from_random where model.init is "", none where it brings weights
+    steps_from_random: int
     data: str  # "" = the chosen responses of data.train (the embedded world has demonstrations of its own)
     batch_size: int  # prompts
     learning_rate: float
     schedule: str
     warmup_steps: int
-    b2: float | None  # in place of optim.b2
+    b2: float | None  # in place of optim.b2, where the optimizer has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +231,19 @@ def _from_dict(cls, values: dict, prefix: str):
     return cls(**{key: _convert(values[key], kind, f"{dot}{key}") for key, kind in hints.items()})
 
 
+def _validate_optimizer(optim: OptimConfig) -> None:
+    """Moments and eps in their ranges, and none that the optimizer does not have."""
+    for name in ("b1", "b2", "eps"):
+        value = getattr(optim, name)
+        if value is None:
+            continue
+        takes = OPTIMIZERS[optim.name]
+        has = f"left unset: {optim.name} has {', '.join(takes) or 'no such settings'}"
+        _require(name in takes, f"optim.{name}", value, has)
+        valid = value > 0 if name == "eps" else 0 <= value < 1
+        _require(math.isfinite(value) and valid, f"optim.{name}", value, "> 0" if name == "eps" else "in [0, 1)")
+
+
 def _require(test: bool, field: str, value, must: str) -> None:
     if not test:
         raise ConfigError(f"{field} is {value!r}; it must be {must}")
@@ -243,7 +260,7 @@ def _validate(config: Config) -> None:
         "model.remat": (config.model.remat, ("none", "full", "dots")),
         "reference.mode": (config.reference.mode, ("live", "cached")),
         "reference.dtype": (config.reference.dtype, ("", "float32", "bfloat16")),
-        "optim.name": (config.optim.name, ("adamw", "rmsprop", "adafactor", "lion")),
+        "optim.name": (config.optim.name, tuple(OPTIMIZERS)),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
         "sft.schedule": (config.sft.schedule, ("constant", "linear", "cosine")),
         "self_check": (config.self_check, ("auto", "full", "off")),
@@ -266,6 +283,7 @@ def _validate(config: Config) -> None:
         "data.workers": (config.data.workers, 0),
         "model.logps_chunk_tokens": (config.model.logps_chunk_tokens, 1),
         "sft.num_steps": (config.sft.num_steps, 0),
+        "sft.steps_from_random": (config.sft.steps_from_random, 0),
         "sft.batch_size": (config.sft.batch_size, 1),
         "sft.warmup_steps": (config.sft.warmup_steps, 0),
         "optim.warmup_steps": (config.optim.warmup_steps, 0),
@@ -291,22 +309,23 @@ def _validate(config: Config) -> None:
     temperature, top_p = config.sample.temperature, config.sample.top_p
     _require(math.isfinite(temperature) and temperature >= 0, "sample.temperature", temperature, "finite and >= 0")
     _require(0 < top_p <= 1, "sample.top_p", top_p, "in (0, 1]")
-    if config.data.prompt_template:
-        try:
-            usable = "\0" in config.data.prompt_template.format(prompt="\0")
-        except (KeyError, IndexError, ValueError):
-            usable = False
-        must = "a template with {prompt} and no other field (double other braces)"
-        _require(usable, "data.prompt_template", config.data.prompt_template, must)
+    check_template(config.data.prompt_template)
+    for section in (config.mesh.rules, config.reference.rules):
+        for axis in section:
+            _require(axis in LOGICAL_AXES, "rules", axis, f"for one of the axes {', '.join(LOGICAL_AXES)}")
+    _validate_optimizer(config.optim)
+    std = config.model.init_std
+    _require(std is None or (math.isfinite(std) and std > 0), "model.init_std", std, "a finite number > 0")
     if not config.model.init:
         for size in SIZES:
             value = getattr(config.model, size)
             _require(value is not None, f"model.{size}", value, "set, as model.init is '' (random weights)")
     if config.data.train and not config.data.eval:
         raise ConfigError("data.eval is '' while data.train is set; name a file of held-out pairs")
-    if not config.data.train and (config.tokenizer or config.model.init):
-        set_one = "tokenizer" if config.tokenizer else "model.init"
-        raise ConfigError(f"{set_one} is set but data.train is ''; the embedded world brings its own; set data.train")
+    own = {"tokenizer": config.tokenizer, "model.init": config.model.init, "data.eval": config.data.eval}
+    for name, value in {**own, "sft.data": config.sft.data}.items():
+        if value and not config.data.train:
+            raise ConfigError(f"{name} is {value!r} but data.train is ''; the embedded world brings its own; set data.train")
     try:
         objective_settings(config.loss.name, config.loss.settings())
     except ValueError as error:
@@ -332,6 +351,9 @@ def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset
                 )
             model[size] = None
     config = _from_dict(Config, tree, "")
+    if config.sft.num_steps == -1:
+        steps = 0 if config.model.init else config.sft.steps_from_random
+        config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, num_steps=steps))
     _validate(config)
     return config
 
@@ -364,9 +386,12 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config={spec!r}: there is no file {path!r}")
     if file.suffix == ".json":
         try:
-            return ml_collections.ConfigDict(json.loads(file.read_text()))
+            values = json.loads(file.read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"a {type(values).__name__}")
         except (ValueError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config={spec}: not a JSON object: {error}") from error
+        return ml_collections.ConfigDict(values)
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.append(root)  # a config may start from a sibling: `from configs import tldr`
@@ -397,18 +422,45 @@ def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> No
     if not isinstance(node, ml_collections.ConfigDict) or last not in node:
         known = ", ".join(node) if isinstance(node, ml_collections.ConfigDict) else "no keys"
         raise ConfigError(f"--config.{key}={text}: there is no setting {last!r}; there is {known}")
-    old, kind = node[last], node.get_type(last)
-    if isinstance(old, ml_collections.ConfigDict):
-        raise ConfigError(f"--config.{key}={text}: it is a section; set one of {', '.join(old)}")
-    if text == "None" and old is None:
-        return
+    if isinstance(node[last], ml_collections.ConfigDict):
+        raise ConfigError(f"--config.{key}={text}: it is a section; set one of {', '.join(map(str, node[last]))}")
+    kind, optional = _kind_of(key)
     readers = {bool: _read_bool, int: int, float: float, str: str}
     try:
-        value = readers[kind](text)
-    except (ValueError, KeyError) as error:
+        value = None if optional and text == "None" else readers[kind](text)
+    except ValueError as error:
         raise ConfigError(f"--config.{key}={text!r}: it must be of type {kind.__name__}") from error
-    with node.unlocked():
+    if key == "data.prompt_template":
+        value = unescape(value)
+    with node.unlocked(), node.ignore_type():
         node[last] = value
+
+
+def _kind_of(key: str) -> tuple[type, bool]:
+    """The type of a setting, and whether it may be None. A config file's extra keys, which fail later, are text."""
+    kind: Any = Config
+    for part in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part, str)
+        else:  # rules map names to names
+            kind = str
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return options[0], type(None) in options
+
+
+def unescape(template: Any) -> Any:
+    """A template from a command line: `\\n` and `\\t`, which shells pass on as they are, become what they mean."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def check_template(template: str) -> None:
+    """Raises ConfigError for a prompt template without {prompt}, or with another field."""
+    try:
+        usable = not template or "\0" in template.format(prompt="\0")
+    except (KeyError, IndexError, ValueError):
+        usable = False
+    must = "a template with {prompt} and no other field (double other braces)"
+    _require(usable, "data.prompt_template", template, must)
 
 
 def _read_bool(text: str) -> bool:

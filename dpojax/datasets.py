@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+import re
 from typing import NamedTuple
 
 from dpojax.data import world
@@ -39,12 +40,16 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, responses_only=False
         write=job.main_process,
         progress=progress,
     )
-    counts = index.counts
+    counts, left_out = index.counts, [*index.dropped, *index.bad]
     notes = [f"{v} {k.removeprefix('dropped/')}" for k, v in counts.items() if k.startswith("dropped/") and v]
-    dropped = f"dropped {', '.join(notes)}; " if notes else ""
-    bad = f"{counts['bad_line']} bad lines skipped; " if counts["bad_line"] else ""
+    notes += [f"{v} pairs by {k.removeprefix('dropped_pair/')}" for k, v in counts.items() if k.startswith("dropped_pair/")]
+    notes += [f"{counts['bad_line']} bad lines"] if counts["bad_line"] else []
+    name = f"left_out-{re.sub(r'[^A-Za-z0-9._-]', '_', records.name)}.txt"
+    if left_out:
+        job.write_file(name, "\n".join(left_out) + "\n")
+    dropped = f"left out {', '.join(notes)}{f' (see {name})' if left_out else ''}; " if notes else ""
     cut = f"cut {counts.get('cut/prompt', 0)} prompts and {counts.get('cut/response', 0)} pairs' responses"
-    progress.close(f"{len(index.rows):,} of {records.size:,} rows usable; {dropped}{bad}{cut}")
+    progress.close(f"{len(index.rows):,} of {records.size:,} rows usable; {dropped}{cut}")
     return data, index
 
 

@@ -10,7 +10,7 @@ class DpojaxError(Exception):
     exit_code = 1
 
 
-class Interrupted(Exception):  # noqa: N818  # not an error: the run stopped where it was told to
+class Interrupted(BaseException):  # not an error, and nothing that handles errors may swallow it
     """A signal asked the run to stop; what there was to save is saved. `exit_code` is the process's."""
 
     def __init__(self, exit_code: int):
@@ -34,6 +34,12 @@ class CheckpointError(DpojaxError):
     """A checkpoint that is damaged or belongs to another run. Exit code 4."""
 
     exit_code = 4
+
+
+class FitError(DpojaxError):
+    """The run does not fit the devices' memory. Exit code 6."""
+
+    exit_code = 6
 
 
 class NumericsError(DpojaxError):

@@ -11,6 +11,7 @@ from dpojax.config import Config
 from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.data.tokens import Tokenizer
 from dpojax.datasets import Data
+from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.policy import Policy
 from dpojax.programs import Program
@@ -22,7 +23,7 @@ WORLD_REWARD = "dpojax.data.world:true_reward"
 def evaluate_pairs(job: Job, program: Program, params, ref, pack: PackGroups, groups: int) -> PairResults:
     """Per-pair results of the held-out pairs, flat, padding removed."""
     parts = []
-    for batch, _ in eval_batches(pack, num_groups=groups, max_pairs=job.config.data.eval_max_pairs):
+    for batch, _ in eval_batches(pack, num_groups=groups, count=pack.index.groups_within(job.config.data.eval_max_pairs)):
         found = jax.device_get(program(params, ref, job.put(batch)))
         used = found.row_id >= 0
         parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[used], found))
@@ -57,9 +58,8 @@ def generate_samples(job: Job, data: Data, policy: Policy, params, ref) -> dict[
     c, tokenizer = job.config.sample, data.tokenizer
     assert tokenizer is not None
     shards = sharding.num_shards(job.mesh)
-    count = min(c.num_prompts, len(data.eval_index.rows))
-    rows = [int(r) for r in data.eval_index.rows[:count]]
-    prompts = [data.eval.token_group(r)[0].prompt.tolist() for r in rows]
+    rows, prompts = _distinct_prompts(data, c.num_prompts)
+    count = len(rows)
     batch = -(-min(c.batch_size, count) // shards) * shards
     settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, tokenizer.pad_id)
     sampler = job.program("sampler", sampling.make_sampler(policy.model, settings), out_shardings=job.replicated)
@@ -97,6 +97,16 @@ def generate_samples(job: Job, data: Data, policy: Policy, params, ref) -> dict[
     return result
 
 
+def _distinct_prompts(data: Data, limit: int) -> tuple[list[int], list[list[int]]]:
+    """The first `limit` held-out prompts, each once: (source rows, token ids). Published files repeat theirs."""
+    found: dict[tuple[int, ...], int] = {}
+    for row in data.eval_index.rows.tolist():
+        found.setdefault(tuple(data.eval.token_group(row)[0].prompt.tolist()), row)
+        if len(found) == limit:
+            break
+    return list(found.values()), list(map(list, found))
+
+
 def _without_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
@@ -121,7 +131,12 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
         found |= {"kl": samples["kl"], "kl_standard_error": samples["kl_error"]}
     if reward_name(job.config):
         reward = winrate.load_reward(reward_name(job.config))
-        scores = {name: list(reward(samples["prompt_texts"], samples["texts"][name])) for name in ids}
+        scores = {name: list(map(float, reward(samples["prompt_texts"], samples["texts"][name]))) for name in ids}
+        for own in scores.values():
+            if len(own) != len(ids["policy"]):
+                raise ConfigError(
+                    f"sample.reward={reward_name(job.config)!r} gave {len(own)} scores for {len(ids['policy'])} responses"
+                )
         rate = winrate.win_rate(scores["policy"], scores["reference"])
         difference = lengths["policy"] - lengths["reference"]
         found |= {

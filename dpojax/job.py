@@ -64,9 +64,30 @@ class Job:
         """A progress line from process 0."""
         return Progress(name, total, unit, enabled=self.main_process)
 
+    def write_file(self, name: str, text: str, *, append: bool = False) -> None:
+        """Writes a file of the workdir from process 0, whole or not at all; one that cannot be written stops nothing."""
+        if not self.main_process:
+            return
+        path = self.workdir / name
+        try:
+            if append:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+            else:
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(path)
+        except OSError as error:
+            self.say(f"warning: {path} cannot be written ({error}); the run goes on")
+
     def put(self, batch: Any) -> Any:
         """A PackedBatch of this process's shards, as global arrays on the devices."""
         return sharding.put_batch(batch, self.mesh)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether `flag` holds in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def same_everywhere(what: str, digest: str) -> None:

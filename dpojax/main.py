@@ -1,6 +1,6 @@
 """The command line: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...].
 
-Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 130 and 143 signals.
+Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 6 does not fit, 130 and 143 signals.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dpojax.errors import ConfigError, DpojaxError, Interrupted
+from dpojax.errors import ConfigError, DpojaxError, FitError, Interrupted
 
 USAGE = """usage: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...]
 
@@ -29,7 +29,7 @@ Trains a policy by Direct Preference Optimization, evaluates it, and writes a re
 Writes DIR/report.html, metrics.jsonl, summary.json, checkpoints/ and tensorboard/.
 Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each. When one dies, the others
 end after DPOJAX_HEARTBEAT_SECONDS (100); the same command then goes on from the last checkpoint.
-Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 130 and 143 signals.
+Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 6 does not fit, 130 and 143 signals.
 """
 
 
@@ -112,8 +112,10 @@ class StopSignal:
         self.in_loop = True
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         self.in_loop = False
+        if kind is None and self.exit_code:  # it came after the last question: during the last evaluation or save
+            raise Interrupted(self.exit_code)
 
     def __call__(self, step: int) -> int:
         """The exit code if the run should save and stop after `step`, else 0."""
@@ -173,7 +175,15 @@ def main(argv: Sequence[str]) -> int:
 
         same_everywhere("version of dpojax", _code_digest())
         same_everywhere("config", hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
-        run(config, folder, StopSignal(jax.process_count()))
+        try:
+            run(config, folder, StopSignal(jax.process_count()))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise FitError(
+                f"the devices' memory is full: {str(error).splitlines()[0]:.400}; lower data.micro_batch_tokens or "
+                "model.logps_chunk_tokens, set model.remat=full, or spread the parameters (mesh.fsdp, mesh.tensor)"
+            ) from error
         return 0
     except Interrupted as stopped:
         return stopped.exit_code

@@ -34,7 +34,12 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, *, enabled: bool):
         self.path, self.enabled, self.broken = workdir / "metrics.jsonl", enabled, False
-        self._board = _summary_writer(workdir / "tensorboard") if enabled else None
+        self._board = None
+        if enabled:
+            try:
+                self._board = _summary_writer(workdir / "tensorboard")
+            except OSError as error:
+                self._complain(error)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far; a last line that was cut off by a kill is left out."""
@@ -53,8 +58,11 @@ class MetricsLog:
             return
         kept = [r for r in self.rows() if r["step"] <= (sft_step if "sft_loss" in r else step)]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        temporary.replace(self.path)
+        try:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            temporary.replace(self.path)
+        except OSError as error:
+            self._complain(error)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Appends {"step": step, **scalars}; non-finite values become null in JSON."""
@@ -64,13 +72,16 @@ class MetricsLog:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            assert self._board is not None
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, step)
+            if self._board is not None:
+                for key, value in scalars.items():
+                    self._board.add_scalar(key, value, step)
         except OSError as error:
-            if not self.broken:
-                say(f"metrics: {self.path} cannot be written ({error}); training goes on")
-            self.broken = True
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self.broken:
+            say(f"metrics: {error.filename or self.path} cannot be written ({error.strerror}); training goes on")
+        self.broken = True
 
     def close(self) -> None:
         """Flushes TensorBoard."""

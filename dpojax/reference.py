@@ -18,11 +18,11 @@ import numpy as np
 from dpojax import sharding
 from dpojax.checkpoint import digest
 from dpojax.data.index import Dataset, Index
-from dpojax.data.packing import PackedBatch, PackShape, plan_step, scored_responses
+from dpojax.data.packing import PackedBatch, PackShape, by_response, plan_step
 from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.datasets import Data
 from dpojax.errors import DataError, NumericsError
-from dpojax.job import Job
+from dpojax.job import Job, everywhere
 from dpojax.policy import Policy
 from dpojax.selfcheck import LAYOUT_BOUND
 from dpojax.stages import packer
@@ -84,20 +84,15 @@ def compute(
     index = pack.index
     starts = np.concatenate([[0], np.cumsum(index.response_lengths)])
     values = np.zeros(starts[index.response_offsets[count]], np.float32)
-    pairs_before = int(index.pair_offsets[count])
-    for step, (batch, _) in enumerate(eval_batches(pack, num_groups=num_groups, max_pairs=pairs_before)):
+    for step, (batch, _) in enumerate(eval_batches(pack, num_groups=num_groups, count=count)):
         positions = range(step * num_groups, min((step + 1) * num_groups, count))
         prompts = [int(index.prompt_lengths[i]) for i in positions]
-        plan = plan_step(prompts, [index.responses(i) for i in positions], pack.shape)
+        responses = [index.responses(i) for i in positions]
+        plan = plan_step(prompts, responses, pack.shape)
         logps = token_logps(batch)
-        for m, cells in enumerate(plan.cells):
-            for a, cell in enumerate(cells):
-                end = 0
-                for g, k in scored_responses(cell):
-                    place = index.response_offsets[positions[g]] + k
-                    size = int(index.response_lengths[place])
-                    values[starts[place] : starts[place] + size] = logps[m, a, end : end + size]
-                    end += size
+        for (g, k), own in by_response(plan, responses, logps):
+            start = starts[index.response_offsets[positions[g]] + k]
+            values[start : start + len(own)] = own
         progress(positions[-1] + 1)
     return values
 
@@ -120,7 +115,8 @@ def open_caches(
         path = job.workdir / "cache" / f"reference-{name}-{key}.npy"
         run = functools.partial(compute, packer(job, dataset, index, shape), token_logps, num_groups=groups)
         values = load(path, index)
-        if values is not None:
+        if everywhere(values is not None):  # the passes below are collective: all processes take them, or none
+            assert values is not None
             again = run(count=min(8, len(index.rows)), progress=lambda n: None)
             worst = float(np.abs(again - values[: len(again)]).max())
             if worst <= LAYOUT_BOUND["bfloat16" if "bfloat16" in precision else "float32"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding
+from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding, winrate
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import Config, to_dict
 from dpojax.data.packing import PackShape
@@ -50,6 +50,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     finished = _finished(job)
     if finished is not None:
         return finished
+    if config.sample.num_prompts and evaluate.reward_name(config):
+        winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
     data = open_data(job)
     policy = open_policy(job, data)
     _write_settings(job, data)
@@ -77,8 +79,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     job.log.rewind(sft_step=10**12, step=start if start else -1)
     state = train_stage(job, stage, state, ref)
     stage.checkpoints.close()
-    if not evaluation.scalars:
-        evaluation(int(state.step), state)
+    if evaluation.results is None:  # resumed after the last step, whose evaluation is in the log already
+        evaluation(int(state.step), state, log=False)
 
     samples = None
     if config.sample.num_prompts and data.tokenizer is not None:
@@ -100,7 +102,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
         "self_check": check._asdict() if check else None,
     }
     if job.main_process:
-        _write_summary(workdir, summary)
+        _write_summary(job, summary)
         path = report.write_report(workdir, config, summary, job.log.rows(), evaluation.results, samples)
         _say_results(summary, path, job)
     job.log.close()
@@ -118,10 +120,11 @@ class _Evaluation:
         self.results: Any = None
         self.scalars: dict[str, float] = {}
 
-    def __call__(self, step: int, state: TrainState) -> None:
+    def __call__(self, step: int, state: TrainState, *, log: bool = True) -> None:
         self.results = evaluate.evaluate_pairs(self.job, self.program, state.params, self.ref, self.pack, self.groups)
         self.scalars = evaluate.eval_scalars(self.results)
-        self.job.log.write(step, self.scalars)
+        if log:
+            self.job.log.write(step, self.scalars)
         self.job.say(
             f"eval {step}  loss {self.scalars['eval_loss']:.4f}  accuracy {self.scalars['eval_rewards/accuracies']:.3f}  "
             f"margin {self.scalars['eval_rewards/margins']:+.3f}  on {len(self.results.loss)} held-out pairs"
@@ -149,7 +152,7 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
         name="DPO",
         prefix="",
         num_steps=c.num_steps,
-        step_program=train_program(job, "dpo_step", policy, optimizer, sums, lambda b: b.num_pairs),
+        step_program=train_program(job, "dpo_step", policy, optimizer, sums, lambda b: b.num_pairs, lambda b: b.row_id),
         batches=batches,
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep),
@@ -164,10 +167,8 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
 
 def _write_settings(job: Job, data: Data) -> None:
     """run.json and the tokenizer, so that the workdir can be used as a config and as model.init."""
-    if not job.main_process:
-        return
-    (job.workdir / "run.json").write_text(json.dumps(to_dict(job.config), indent=2) + "\n")
-    if data.tokenizer is not None:
+    job.write_file("run.json", json.dumps(to_dict(job.config), indent=2) + "\n")
+    if job.main_process and data.tokenizer is not None:
         (job.workdir / "tokenizer").mkdir(exist_ok=True)
         data.tokenizer.save(job.workdir / "tokenizer")
 
@@ -232,11 +233,9 @@ def _export(job: Job, data: Data, policy: Policy, params) -> None:
         say(f"exported to {job.workdir / 'export'}")
 
 
-def _write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+def _write_summary(job: Job, summary: dict[str, Any]) -> None:
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-    temporary = workdir / "summary.tmp"
-    temporary.write_text(json.dumps(plain, indent=2) + "\n")
-    temporary.replace(workdir / "summary.json")
+    job.write_file("summary.json", json.dumps(plain, indent=2) + "\n")
 
 
 def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpojax import checkpoint, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import changed_settings, to_dict
+from dpojax.config import OPTIMIZERS, changed_settings, to_dict
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape
 from dpojax.data.pipeline import PackGroups, make_shape, train_batches
@@ -56,7 +56,7 @@ class Stage:
     evaluate: Callable[[int, TrainState], None]
     num_tokens: int = 0  # trained on since step 0
     evaluation_due: bool = True  # before the next step: at step 0, and where a signal came before an evaluation
-    pairs: int = 0  # trained on in this process, after its first step
+    pairs: int = 0  # trained on since step 0, without the first step of each process
     seconds: float = 0.0  # that they took
     finished: int = 0  # steps of this process
     since_log: tuple[float, ...] = (0, 0, 0, 0)  # steps, pairs, tokens, seconds
@@ -85,7 +85,7 @@ class Stage:
         steps, pairs, tokens, seconds = self.since_log
         rate = (pairs or steps * self.groups) / seconds
         scalars |= {
-            "learning_rate": float(self.schedule(done.step - 1)),
+            "learning_rate": float(self.schedule(done.step - 1 - int(done.metrics.skipped))),
             "epoch": done.step * self.groups / self.epoch_groups,
             "num_tokens": self.num_tokens,
             "pairs_per_second": rate,
@@ -109,7 +109,7 @@ class Stage:
         if finite and not bool(metrics.spike):
             return
         skipped = not finite or job.config.optim.skip_spikes
-        losses, rows = np.asarray(metrics.pair_loss), np.asarray(metrics.row_id)
+        losses, rows = np.asarray(metrics.losses), np.asarray(metrics.row_id)
         named = ~np.isfinite(losses) if not finite else losses >= 0.5 * losses[rows >= 0].max(initial=-np.inf)
         named &= rows >= 0
         by_loss = bool(named.any())
@@ -125,9 +125,7 @@ class Stage:
             "row_ids": own,
             "named_by_loss": by_loss,  # False: the gradient alone was bad; all rows of the step are listed
         }
-        if job.main_process:
-            with (job.workdir / "quarantine.jsonl").open("a") as file:
-                file.write(json.dumps(note) + "\n")
+        job.write_file("quarantine.jsonl", json.dumps(note) + "\n", append=True)
         what = "a loss spike" if finite else "not finite"
         effect = "parameters unchanged" if skipped else "trained on it (optim.skip_spikes=True skips it)"
         places = ", ".join(note["rows"][:4])
@@ -139,24 +137,22 @@ class Stage:
             )
 
     def _dump(self, job: Job, done: Dispatched) -> Any:
-        """What is known of the step that ended the run: every pair's row and loss, the scalars, and the settings."""
-        path = job.workdir / f"dump-{self.name.lower()}-{done.step}.json"
-        rows, losses = np.asarray(done.metrics.row_id).ravel(), np.asarray(done.metrics.pair_loss).ravel()
-        pairs = [
-            {"row": self.data.records.where(int(r)), "loss": float(x)} for r, x in zip(rows, losses, strict=True) if r >= 0
-        ]
+        """What is known of the step that ended the run: every row with its loss, the scalars, and the settings."""
+        name = f"dump-{self.name.lower()}-{done.step}.json"
+        ids, losses = np.asarray(done.metrics.row_id).ravel(), np.asarray(done.metrics.losses).ravel()
+        rows = [{"row": self.data.records.where(int(r)), "loss": float(x)} for r, x in zip(ids, losses, strict=True) if r >= 0]
         scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
-        found = {"stage": self.name, "step": done.step, "scalars": scalars, "pairs": pairs, "config": to_dict(job.config)}
-        if job.main_process:
-            path.write_text(json.dumps(found, indent=1) + "\n")
-        return path
+        found = {"stage": self.name, "step": done.step, "scalars": scalars, "rows": rows, "config": to_dict(job.config)}
+        job.write_file(name, json.dumps(found, indent=1) + "\n")
+        return job.workdir / name
 
     def save(self, job: Job, step: int, state: TrainState, *, wait: bool) -> None:
         """Starts a checkpoint of `state`; with `wait`, tries until it is committed.
 
         Raises: CheckpointError when saves failed too often in a row.
         """
-        meta = {**self.meta, "num_tokens": self.num_tokens, "evaluation_due": self.evaluation_due}
+        totals = {"num_tokens": self.num_tokens, "pairs": self.pairs, "seconds": self.seconds}
+        meta = {**self.meta, **totals, "evaluation_due": self.evaluation_due}
         while True:
             troubles = [self.checkpoints.save(step, state, meta), self.checkpoints.wait() if wait else None]
             for trouble in filter(None, troubles):
@@ -174,15 +170,15 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> T
 
     Raises: Interrupted after saving, where the run was asked to stop.
     """
+    if stage.evaluation_due:  # nothing can be lost yet: a signal stops it at once
+        stage.evaluate(int(state.step), state)
+        stage.evaluation_due = False
     with job.stop:
         return _train(job, stage, state, ref_params)
 
 
 def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
     start = int(state.step)
-    if stage.evaluation_due:
-        stage.evaluate(start, state)
-        stage.evaluation_due = False
     batches = stage.batches(start)
     pending: Dispatched | None = None
     clock = time.monotonic()
@@ -230,11 +226,14 @@ def resumable_step(job: Job, stage: Stage) -> int | None:
         job.say(f"{stage.checkpoints.folder}: not checkpoints, left alone: {', '.join(stage.checkpoints.strays)}")
     steps = stage.checkpoints.steps()
     wanted = job.config.checkpoint.restore_step if stage.name == "DPO" else -1
-    if not steps:
-        return None
-    if wanted >= 0 and wanted not in steps:
-        raise CheckpointError(f"checkpoint.restore_step={wanted}: there are the steps {', '.join(map(str, steps))}")
-    return steps[-1] if wanted < 0 else wanted
+    if wanted < 0:
+        return steps[-1] if steps else None
+    if steps and steps[-1] > wanted and stage.checkpoints.descends_from(steps[-1], wanted):
+        return steps[-1]  # the same command again: it has gone on from `wanted` already
+    if wanted not in steps:
+        there = f"there are the steps {', '.join(map(str, steps))}" if steps else "there is none"
+        raise CheckpointError(f"checkpoint.restore_step={wanted}: {there} in {stage.checkpoints.folder}")
+    return wanted
 
 
 def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
@@ -242,15 +241,17 @@ def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
 
     Raises: CheckpointError naming the first difference that is not allowed.
     """
-    changed = checkpoint.compare_fingerprints(meta["fingerprints"], stage.meta["fingerprints"], job.config.checkpoint.allowed())
-    step = meta["step"]
+    allowed, step = job.config.checkpoint.allowed(), meta["step"]
+    if "dtype" in allowed and meta["config"]["model"]["param_dtype"] != job.config.model.param_dtype:
+        allowed |= {"reference", "init"}  # their weights are told by checksums, which are others in another dtype
+    changed = checkpoint.compare_fingerprints(meta["fingerprints"], stage.meta["fingerprints"], allowed)
     if changed:
         job.say(f"resuming with another {', '.join(changed)}, as allowed")
     settings = changed_settings(meta["config"], to_dict(job.config))
     if settings:
         job.say(f"resuming with other settings than step {step} was saved with: {'; '.join(settings)}")
-    if changed or settings:
-        stage.meta["changed"] = [*meta.get("changed", []), {"step": step, "names": changed, "settings": settings}]
+    now = [{"step": step, "names": changed, "settings": settings}] if changed or settings else []
+    stage.meta["changed"] = [*meta.get("changed", []), *now]
 
 
 def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) -> TrainState:
@@ -265,8 +266,13 @@ def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) 
     check_origin(job, stage, meta)
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = stage.checkpoints.restore(step, targets, meta)
-    stage.checkpoints.drop_after(step)
-    stage.num_tokens, stage.evaluation_due = meta["num_tokens"], meta["evaluation_due"]
+    moved = stage.checkpoints.set_aside_after(step)
+    if moved:
+        job.say(f"{stage.checkpoints.folder}: the newer steps are set aside as {', '.join(moved)}")
+    fallbacks = [*meta.get("fallbacks", []), *([step] if step == job.config.checkpoint.restore_step else [])]
+    stage.meta["fallbacks"] = sorted(set(fallbacks))
+    for name in ("num_tokens", "pairs", "seconds", "evaluation_due"):
+        setattr(stage, name, meta[name])
     job.say(f"{stage.name}: resumed at step {step} of {stage.num_steps}, every checksum equal")
     return state
 
@@ -319,11 +325,13 @@ def batch_stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
     )
 
 
-def train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator) -> Program:
+def train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator, rows) -> Program:
     """The jitted step of a stage: explicit shardings, the state donated."""
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)
     c = job.config.optim
-    step = make_train_step(sums, denominator, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes)
+    step = make_train_step(
+        sums, denominator, rows, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes
+    )
     _, state = state_layout(job, policy, optimizer)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
 
@@ -340,7 +348,8 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
     schedule = make_schedule(
         c.sft.schedule, learning_rate=c.sft.learning_rate, warmup_steps=c.sft.warmup_steps, num_steps=c.sft.num_steps
     )
-    optim = c.optim if c.sft.b2 is None else dataclasses.replace(c.optim, b2=c.sft.b2)
+    own_b2 = c.sft.b2 is not None and "b2" in OPTIMIZERS[c.optim.name]
+    optim = dataclasses.replace(c.optim, b2=c.sft.b2) if own_b2 else c.optim
     optimizer = make_optimizer(optim, schedule, policy.model.axes)
     sums = functools.partial(sft_sums, policy.model, c.model.logps_chunk_tokens)
     params = initial_params(job, policy)
@@ -351,7 +360,9 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         name="SFT",
         prefix="sft_",
         num_steps=c.sft.num_steps,
-        step_program=train_program(job, "sft_step", policy, optimizer, sums, lambda b: b.num_response_tokens),
+        step_program=train_program(
+            job, "sft_step", policy, optimizer, sums, lambda b: b.num_response_tokens, lambda b: b.slot_row
+        ),
         batches=batch_stream(job, packer(job, data.sft, data.sft_index, shape), groups, c.sft.num_steps),
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "sft", keep=1),

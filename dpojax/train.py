@@ -41,10 +41,11 @@ class StepMetrics(NamedTuple):
     """What a step found; every process and device has the same."""
 
     scalars: dict[str, Float[Array, ""]]  # means over the whole step
-    pair_loss: Float[Array, "M A P"]  # to name the pairs of a bad step; 0 at padding
-    row_id: Int[Array, "M A P"]
+    losses: Float[Array, "M A X"]  # of each pair (SFT: of each response), to name the rows of a bad step; 0 at padding
+    row_id: Int[Array, "M A X"]  # -1 at padding
     finite: Bool[Array, ""]  # loss and gradient are
     spike: Bool[Array, ""]  # the loss is far above its average
+    skipped: Int[Array, ""]  # steps skipped before this one: the optimizer has seen as many less
 
 
 class PairResults(NamedTuple):
@@ -166,9 +167,9 @@ def sft_sums(model: Model, chunk: int, params, ref_params, mb: PackedBatch, deta
     del ref_params
     scores = batch_scores(model, params, mb, chunk=chunk, details=details)
     scored = mb.weight > 0
-    nll = -jnp.sum(jnp.where(scored, scores.logps * mb.weight, 0.0))
+    nll = -response_sums(scores.logps, mb.weight, mb.slot, mb.lengths.shape[1])
     logged = {"entropy": _mean_over(scores.entropy, scored), "mean_token_accuracy": _mean_over(scores.correct, scored)}
-    return nll, (logged, jnp.zeros(mb.valid.shape, jnp.float32))
+    return nll.sum(), (logged, nll)
 
 
 DETAILS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")  # known in steps with `details` only
@@ -178,6 +179,7 @@ SPIKE_AFTER_STEPS = 10  # an average of fewer losses says little
 def make_train_step(
     sums: Callable[..., Any],
     denominator: Callable[[PackedBatch], Array],
+    rows: Callable[[PackedBatch], Array],
     optimizer: optax.GradientTransformation,
     constrain_params: Callable[[Any], Any],
     *,
@@ -189,8 +191,9 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing but the counters, to the bit.
 
     Args:
-      sums: (params, ref_params, micro-batch, details) -> (loss sum, (logged Ratios, per-pair losses)).
+      sums: (params, ref_params, micro-batch, details) -> (loss sum, (logged Ratios, losses [A, X])).
       denominator: what the loss sum is divided by, from the plan of the whole step.
+      rows: the source rows that the losses belong to. [M, A, X]
       optimizer: optax transformation.
       constrain_params: keeps a tree shaped like the parameters in the parameters' sharding.
       spike_factor: a loss over this many times the average of |loss| is a spike.
@@ -198,15 +201,15 @@ def make_train_step(
     """
 
     def gradients(params, ref_params, batch: PackedBatch, details, count):
-        """Loss sum, logged Ratios, mean gradient in float32, and per-pair losses, over all micro-batches."""
+        """Loss sum, logged Ratios, mean gradient in float32, and the single losses, over all micro-batches."""
         gradient = jax.value_and_grad(sums, has_aux=True)
 
         def body(i, carry):
-            (total, logged), grads, pair_loss = carry
-            (loss_sum, (part, losses)), g = gradient(params, ref_params, micro_batch(batch, i), details)
+            (total, logged), grads, losses = carry
+            (loss_sum, (part, own)), g = gradient(params, ref_params, micro_batch(batch, i), details)
             grads = constrain_params(jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / count, grads, g))
             logged = jax.tree.map(jnp.add, logged, part)
-            return (total + loss_sum, logged), grads, jax.lax.dynamic_update_index_in_dim(pair_loss, losses, i, 0)
+            return (total + loss_sum, logged), grads, jax.lax.dynamic_update_index_in_dim(losses, own, i, 0)
 
         # The first carry has the sums' structure without running them.
         (_, (logged, _)) = jax.eval_shape(sums, params, ref_params, micro_batch(batch, 0), details)
@@ -214,13 +217,13 @@ def make_train_step(
         start = (
             (jnp.zeros((), jnp.float32), jax.tree.map(zero, logged)),
             constrain_params(jax.tree.map(zero, params)),
-            jnp.zeros(batch.valid.shape, jnp.float32),
+            jnp.zeros(rows(batch).shape, jnp.float32),
         )
         return jax.lax.fori_loop(0, batch.num_micro, body, start)
 
     def step(state: TrainState, ref_params, batch: PackedBatch, details) -> tuple[TrainState, StepMetrics]:
         count = denominator(batch).astype(jnp.float32)
-        (total, logged), grads, pair_loss = gradients(state.params, ref_params, batch, details, count)
+        (total, logged), grads, losses = gradients(state.params, ref_params, batch, details, count)
         loss, grad_norm = total / count, optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -240,7 +243,8 @@ def make_train_step(
             loss_average=keep(average, state.loss_average),
         )
         means = {k: r.total / jnp.maximum(r.count, 1) for k, r in logged.items()}
-        return new_state, StepMetrics({"loss": loss, "grad_norm": grad_norm, **means}, pair_loss, batch.row_id, finite, spike)
+        scalars = {"loss": loss, "grad_norm": grad_norm, **means}
+        return new_state, StepMetrics(scalars, losses, rows(batch), finite, spike, state.skipped)
 
     return step
 

@@ -87,6 +87,9 @@ def load_reward(spec: str) -> Callable[[Sequence[str], Sequence[str]], Sequence[
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        return getattr(module, name)
+        reward: Callable[..., Sequence[float]] = getattr(module, name)
+        if not callable(reward):
+            raise AttributeError(f"{name} is a {type(reward).__name__}, not a function")
+        return reward
     except (ImportError, AttributeError, ValueError, OSError, AssertionError) as error:
         raise ConfigError(f"sample.reward={spec!r}: module:function expected ({error})") from error

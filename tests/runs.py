@@ -68,8 +68,10 @@ TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
 
 
 def numbers(workdir):
-    """Everything logged that is no time, by step."""
-    return {(r["step"], k): v for r in rows(workdir) for k, v in r.items() if k not in TIMES}
+    """Everything logged that is no time, by step; nothing is logged twice."""
+    found = [((r["step"], k), v) for r in rows(workdir) for k, v in r.items() if k not in ("step", *TIMES)]
+    assert len(dict(found)) == len(found)
+    return dict(found)
 
 
 def losses(workdir):

@@ -43,9 +43,29 @@ def test_every_shape_of_row_becomes_the_same_group():
 def test_k_responses_make_all_pairs_that_differ_and_are_scored_once():
     group = read({"prompt": "x", "responses": ["a", "b", "c", "a"], "scores": [1, 3, 1, 1]})
     assert group.responses == ("a", "b", "c")
-    assert {(p.chosen, p.rejected, p.margin) for p in group.pairs} == {(1, 0, 2.0), (1, 2, 2.0)}
+    assert sorted((p.chosen, p.rejected, p.margin) for p in group.pairs) == [(1, 0, 2.0), (1, 2, 2.0)]
     ranked = read({"prompt": "x", "responses": ["a", "b"], "ranks": [2, 1]})
     assert ranked.pairs[0].chosen == 1
+
+
+def test_one_bad_response_of_k_takes_only_its_own_pairs():
+    group = read({"prompt": "x", "responses": ["a", "b", " ", "c"], "scores": [1, 2, 3, 4]})
+    assert group.responses == ("a", "b", "c") and group.dropped == ("empty_response",) * 3
+    assert sorted((p.chosen, p.rejected) for p in group.pairs) == [(1, 0), (2, 0), (2, 1)]
+    # Equal responses with different scores say nothing: the pairs of the others stay.
+    group = read({"prompt": "x", "responses": ["a", "b", "a", "c"], "scores": [1, 2, 3, 4]})
+    assert group.responses == ("b", "c") and group.dropped == ("conflicting_scores",)
+    assert [(p.chosen, p.rejected) for p in group.pairs] == [(1, 0)]
+
+
+def test_sft_on_ranked_rows_trains_on_the_best_response():
+    row = {"prompt": "x", "responses": ["low", "mid", "best"], "scores": [1, 2, 3]}
+    assert RowReader("", responses_only=True).read(row, "file:1").responses == ("best",)
+
+
+def test_null_columns_are_absent_ones():
+    row = {"prompt": "x", "chosen": "a", "rejected": "b", "responses": None, "prompt_ids": None, "weight": None}
+    assert read(row).responses == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,8 @@ def test_rows_without_a_preference_are_dropped_with_a_reason(row, reason):
     [
         ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is 3"),
-        ({"prompt": "x", "chosen": None, "rejected": "b"}, "'chosen' is None"),
+        ({"prompt": "x", "chosen": None, "rejected": "b"}, "'chosen' is missing"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "score_chosen": 5}, "'score_rejected' is missing"),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "weight": -1}, "'weight'"),
         ({"prompt_ids": [1.5], "chosen_ids": [1], "rejected_ids": [2]}, "'prompt_ids'"),
     ],
@@ -154,8 +175,8 @@ def make_pack(tokenizer, count=40):
         {"prompt": t, "chosen": f" I feel sad {i}.", "rejected": " It cost 40 dollars."} for i, t in enumerate(TEXTS[:count])
     ]
     data = Dataset(in_memory("test", rows), RowReader(""), tokenizer, Limits(512, 64))
-    index, bad = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
-    assert not bad
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    assert not index.bad and not index.dropped
     shape = make_shape([index], layout="auto", num_groups=8, num_shards=2, micro_batch_tokens=1024, row_tokens=0)
     return PackGroups(data, index, shape, (0, 1), tokenizer.pad_id)
 
@@ -184,11 +205,48 @@ def test_worker_processes_give_the_batches_of_threads(tokenizer):
                 np.testing.assert_array_equal(x, y, err_msg=name)
 
 
+def test_bad_lines_are_tolerated_as_far_as_the_settings_say_also_from_a_stored_index(tokenizer, tmp_path):
+    from dpojax.data.index import load_or_build_index
+
+    rows = [{"prompt": TEXTS[i], "chosen": " a", "rejected": " b"} for i in range(10)]
+    rows[3] = {"prompt": "x"}
+    rows[5] = {"prompt": "half a character: \ud800", "chosen": "a", "rejected": "b"}
+    data = Dataset(in_memory("test", rows), RowReader(""), tokenizer, Limits(512, 64))
+    open_it = lambda on, share: load_or_build_index(
+        data, tmp_path, on_bad_line=on, max_bad_share=share, write=True, progress=lambda row: None
+    )
+    index = open_it("skip", 0.2)
+    assert index.counts["bad_line"] == 2 and len(index.rows) == 8 and "test:6" in index.bad[1]
+    for on, share in (("error", 0.2), ("skip", 0.1)):
+        with pytest.raises(DataError, match="test:"):
+            open_it(on, share)
+    assert open_it("skip", 0.2).bad == index.bad
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_fewer_groups_than_a_step_takes_still_fit_its_shape(tokenizer, count):
+    rows = [{"prompt": TEXTS[i], "chosen": " a", "rejected": " b"} for i in range(count)]
+    data = Dataset(in_memory("few", rows), RowReader(""), tokenizer, Limits(512, 64))
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    shape = make_shape([index], layout="auto", num_groups=32, num_shards=1, micro_batch_tokens=4096, row_tokens=0)
+    pack = PackGroups(data, index, shape, (0,), tokenizer.pad_id)
+    options = dict(num_groups=32, seed=0, shuffle=True, start=0, stop=3, workers=0)
+    for batch, _ in train_batches(pack, **options):
+        assert int(batch.num_pairs) == 32 == int(batch.valid.sum())
+
+
+def test_an_evaluation_stops_before_it_exceeds_its_pairs(tokenizer):
+    rows = [{"prompt": f"{i}", "responses": ["a", "b", "c", "d"], "scores": [1, 2, 3, 4]} for i in range(4)]
+    data = Dataset(in_memory("k", rows), RowReader(""), tokenizer, Limits(64, 64))
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    assert [index.groups_within(n) for n in (0, 1, 6, 8, 12, 100)] == [4, 1, 1, 1, 2, 4]
+
+
 def test_a_batch_size_that_is_no_multiple_of_the_pairs_per_group_says_the_fix():
     rows = [{"prompt": f"{i}", "responses": ["a", "b", "c"], "scores": [1, 2, 3]} for i in range(4)]
     tokenizer = world.train_tokenizer(TEXTS)
     data = Dataset(in_memory("k", rows), RowReader(""), tokenizer, Limits(64, 64))
-    index, _ = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
     assert groups_per_step(index, batch_size=6, batch_groups=0) == 2
     with pytest.raises(ConfigError, match=r"batch_size=8: .*e\.g\. 9"):
         groups_per_step(index, batch_size=8, batch_groups=0)

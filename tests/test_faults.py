@@ -167,6 +167,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(files, finis
 
 
 @pytest.mark.slow
+def test_another_dtype_is_taken_where_it_is_allowed(files, finished):
+    changes = {"model.param_dtype": "bfloat16", "checkpoint.allow_changed": "dtype", "num_steps": 8}
+    assert "resumed at step 6 of 8" in run(files, finished, **changes)
+
+
+@pytest.mark.slow
 def test_what_is_allowed_to_change_is_said_and_recorded(files, finished):
     changes = {"loss.beta": 0.2, "num_steps": 8, "checkpoint.allow_changed": "loss", "optim.learning_rate": 5e-4}
     output = run(files, finished, **changes)
@@ -240,7 +246,7 @@ def test_non_finite_steps_name_their_rows_and_three_in_a_row_end_the_run_with_a_
     output = run(files, tmp_path / "many", code=5, **common, **{"data.train": many})
     assert "3 steps in a row up to step 4" in output
     dump = json.loads((tmp_path / "many/dump-dpo-4.json").read_text())
-    assert len(dump["pairs"]) == 8 and dump["config"]["batch_size"] == 8
+    assert len(dump["rows"]) == 8 and dump["config"]["batch_size"] == 8
 
 
 def spiky_step(*, skip):
@@ -253,7 +259,8 @@ def spiky_step(*, skip):
         return loss, ({"seen": Ratio(loss, jnp.ones(()))}, jnp.zeros(mb.valid.shape))
 
     optimizer = optax.sgd(1e-3)
-    step = make_train_step(sums, lambda b: jnp.ones(()), optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
+    one, rows = lambda b: jnp.ones(()), lambda b: b.row_id
+    step = make_train_step(sums, one, rows, optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
     state = new_state(optimizer, {"x": jnp.ones(())})
     return jax.jit(step), state, lambda w: batch._replace(pair_weight=jnp.full_like(batch.pair_weight, w))
 
@@ -390,6 +397,27 @@ def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, place)}))
     with pytest.raises(ConfigError, match=str(folder)):
         hf.load_params(folder, hf.read_config(folder), shardings, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"num_key_value_heads": 3},
+        {"hidden_size": "x"},
+        {"rope_parameters": {"rope_type": "default"}},
+        {"num_attention_heads": 0},
+        {"rope_scaling": {"factor": 2}},
+        {"sliding_window": 4},
+        {"brand_new": 1},
+        {"model_type": "gpt2"},
+    ],
+)
+def test_a_config_that_is_not_understood_is_a_config_error(weights, field):
+    folder, _ = weights
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        hf.read_config(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff" * 100, b'{"model": {}}'])

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,10 @@ import numpy as np
 from dpojax.data.packing import TokenGroup
 from dpojax.data.records import Records
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
-from dpojax.data.triples import Dropped, Group, RowReader
+from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import DataError
 
-VERSION = 2  # raise it when a change of this package changes lengths or verdicts
+VERSION = 3  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -35,7 +36,9 @@ class Index(NamedTuple):
     chosen: np.ndarray  # response number within its group
     rejected: np.ndarray
     largest_id: np.ndarray  # [] the largest token id
-    counts: dict[str, int]  # rows, dropped/<reason>, cut/prompt, cut/response, bad_line
+    counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/response, bad_line
+    bad: tuple[str, ...]  # the message of each line that could not be read
+    dropped: tuple[str, ...]  # "file:line: reason" of each row that holds no usable pair
 
     def responses(self, i: int) -> list[int]:
         """|y_k| of group i."""
@@ -52,6 +55,10 @@ class Index(NamedTuple):
     def sequence_lengths(self) -> np.ndarray:
         """[n] positions of each group: |x| + max |y_k|."""
         return self.prompt_lengths + np.maximum.reduceat(self.response_lengths, self.response_offsets[:-1])
+
+    def groups_within(self, max_pairs: int) -> int:
+        """How many of the first groups hold at most `max_pairs` (0 = any number of) pairs; at least one."""
+        return int(np.sum(self.pair_offsets[1:] <= max_pairs)) or 1 if max_pairs else len(self.rows)
 
     def first(self, count: int) -> "Index":
         """The first `count` groups alone."""
@@ -106,36 +113,43 @@ class Dataset:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progress) -> tuple[Index, list[str]]:
+def check_bad_lines(name: str, index_bad: Sequence[str], size: int, *, on_bad_line: str, max_bad_share: float) -> None:
+    """Raises DataError if the lines that cannot be read are more than the settings tolerate."""
+    if index_bad and on_bad_line == "error":
+        raise DataError(index_bad[0])
+    if len(index_bad) > max_bad_share * size:
+        raise DataError(
+            f"{index_bad[-1]} ({name} has {len(index_bad)} bad lines in {size} rows, more than data.max_bad_share={max_bad_share})"
+        )
+
+
+def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progress) -> Index:
     """Reads and tokenises every row once.
 
     Args:
       on_bad_line: "error" raises at the first row that cannot be read; "skip" counts up to `max_bad_share`.
       progress: called with the number of rows read so far.
-    Returns: the index, and a message for each skipped row.
     Raises: DataError as above, and if no usable row is left.
     """
-    counts: collections.Counter = collections.Counter(rows=data.records.size)
+    name, size = data.records.name, data.records.size
+    counts: collections.Counter = collections.Counter(rows=size)
     rows, prompts, responses, chosen, rejected = [], [], [], [], []
-    response_offsets, pair_offsets, bad, largest = [0], [0], [], 0
-    for row in range(data.records.size):
+    response_offsets, pair_offsets, bad, dropped, largest = [0], [0], [], [], 0
+    for row in range(size):
         progress(row)
         try:
             group, cut = data.token_group(row)
         except Dropped as verdict:
             counts[f"dropped/{verdict.reason}"] += 1
+            dropped.append(f"{data.records.where(row)}: {DROPPED[verdict.reason]}")
             continue
         except DataError as error:
-            if on_bad_line == "error":
-                raise
             bad.append(str(error))
-            if len(bad) > max_bad_share * data.records.size:
-                raise DataError(
-                    f"{error} (bad line {len(bad)} of {data.records.size} rows, more than data.max_bad_share={max_bad_share})"
-                ) from error
+            check_bad_lines(name, bad, size, on_bad_line=on_bad_line, max_bad_share=max_bad_share)
             continue
         counts["cut/prompt"] += cut.prompt > 0
         counts["cut/response"] += any(cut.responses)
+        counts.update(f"dropped_pair/{reason}" for reason in cut.dropped)
         rows.append(row)
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))
@@ -146,36 +160,39 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         pair_offsets.append(len(chosen))
     counts["bad_line"] = len(bad)
     if not rows:
-        dropped = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
-        raise DataError(f"{data.records.name}: none of its {data.records.size} rows is usable ({dropped or 'bad lines'})")
+        reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
+        raise DataError(f"{name}: none of its {size} rows is usable ({reasons or 'bad lines'})")
     arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected, largest)
-    return Index._make([*(np.asarray(a, np.int64) for a in arrays), dict(counts)]), bad
+    return Index._make([*(np.asarray(a, np.int64) for a in arrays), dict(counts), tuple(bad), tuple(dropped)])
 
 
 def load_or_build_index(
     data: Dataset, folder: pathlib.Path, *, on_bad_line: str, max_bad_share: float, write: bool, progress
 ) -> Index:
-    """The index from `folder`, or a new one stored there.
+    """The index from `folder`, or a new one stored there; the tolerance for bad lines is applied to both.
 
     Args:
-      write: whether this process stores it (one of them does), and the messages of skipped rows beside it.
+      write: whether this process stores it (one of them does).
       progress: called with the number of rows read so far.
     """
-    path = folder / f"index-{data.fingerprint()}.npz"
+    path, arrays = folder / f"index-{data.fingerprint()}.npz", Index._fields[:-3]
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = [file[name] for name in Index._fields[:-1]]
-                return Index._make([*arrays, json.loads(str(file["counts"]))])
+                texts = json.loads(str(file["texts"]))
+                index = Index._make([*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2])])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
-    index, bad = build_index(data, on_bad_line=on_bad_line, max_bad_share=max_bad_share, progress=progress)
+        else:
+            check_bad_lines(
+                data.records.name, index.bad, data.records.size, on_bad_line=on_bad_line, max_bad_share=max_bad_share
+            )
+            return index
+    index = build_index(data, on_bad_line=on_bad_line, max_bad_share=max_bad_share, progress=progress)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        arrays = {name: getattr(index, name) for name in Index._fields[:-1]}
-        np.savez(temporary, **arrays, counts=json.dumps(index.counts))
+        texts = json.dumps([index.counts, index.bad, index.dropped])
+        np.savez(temporary, **{name: getattr(index, name) for name in arrays}, texts=texts)
         temporary.replace(path)
-        if bad:
-            (folder / f"quarantine-{data.fingerprint()}.txt").write_text("\n".join(bad) + "\n")
     return index

@@ -8,7 +8,7 @@ T scored tokens, S responses and P pairs of one shard's micro-batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +69,9 @@ class PackedBatch(NamedTuple):
     margin: Float[Array, "M A P"]
     row_id: Int[Array, "M A P"]  # row of the source, -1 at padding
     valid: Bool[Array, "M A P"]
-    lengths: Int[Array, "M A S"]  # scored tokens of each response slot
+    # response slots
+    lengths: Int[Array, "M A S"]  # scored tokens
+    slot_row: Int[Array, "M A S"]  # row of the source, -1 at padding
     # of the whole step, from the host's plan: the same on every process
     num_micro: Int[Array, ""]  # micro-batches in use, <= M
     num_scored: Int[Array, " M"]  # most scored tokens of any shard
@@ -226,7 +228,7 @@ def pack_step(
     pair |= {k: np.zeros((m, a, shape.num_pairs), np.float32) for k in ("pair_weight", "soft_label", "margin")}
     pair["valid"] = np.zeros((m, a, shape.num_pairs), bool)
     pair["row_id"] -= 1
-    lengths = np.zeros((m, a, shape.num_slots), np.int32)
+    lengths, slot_row = np.zeros((m, a, shape.num_slots), np.int32), np.full((m, a, shape.num_slots), -1, np.int32)
     num_scored = np.zeros(m, np.int32)
 
     for i, cells in enumerate(plan.cells):
@@ -237,6 +239,8 @@ def pack_step(
             cell_tokens = {name: array[i, j] for name, array in token_arrays.items()}
             cell_scored = {name: array[i, j] for name, array in scored.items()}
             slots = _fill_rows(cells[shard], get_group, cell_tokens, cell_scored, lengths[i, j], with_ref)
+            for (g, _), slot in slots.items():
+                slot_row[i, j, slot] = get_group(g).row
             _fill_pairs(slots, get_group, {name: array[i, j] for name, array in pair.items()})
 
     chosen_tokens = sum(response_lengths[g][p.chosen] for g, ps in enumerate(pairs) for p in ps)
@@ -249,6 +253,7 @@ def pack_step(
         ref_logps=ref_logps if with_ref else None,
         **pair,
         lengths=lengths,
+        slot_row=slot_row,
         num_micro=np.int32(len(plan.cells)),
         num_scored=num_scored,
         num_pairs=np.int32(sum(map(len, pairs))),
@@ -294,9 +299,17 @@ def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple
     return slots
 
 
-def scored_responses(cell: list[list[Segment]]) -> list[tuple[int, int]]:
-    """The (group, response) of every response of a cell, in the order of its scored tokens."""
-    return [(segment.group, k) for row in cell for segment in row for k in segment.branches]
+def by_response(
+    plan: StepPlan, response_lengths: Sequence[Sequence[int]], values: np.ndarray
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Per-token values [M, A, T] of all shards, response by response: ((group of the step, response), [|y|])."""
+    for cells, of_micro in zip(plan.cells, values, strict=False):  # micro-batches past the plan are padding
+        for cell, of_cell in zip(cells, of_micro, strict=True):
+            end = 0
+            for group, k in [(segment.group, k) for row in cell for segment in row for k in segment.branches]:
+                size = response_lengths[group][k]
+                yield (group, k), of_cell[end : end + size]
+                end += size
 
 
 def _fill_pairs(slots, get_group, pair) -> None:

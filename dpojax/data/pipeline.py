@@ -5,6 +5,7 @@ made without the steps before it: resuming is starting at another index, on any 
 """
 
 import dataclasses
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -166,6 +167,8 @@ def make_shape(
     )
     if layout == "separate":
         rows = max(1, micro_batch_tokens // length)
+    # A step that crosses epochs holds a group twice, and more often where there are fewer groups than it takes.
+    repeated = [np.repeat(t, 1 + -(-num_groups // len(t))) for t in totals]
     return step_shape(
         layout=layout,
         row_tokens=length,
@@ -174,7 +177,7 @@ def make_shape(
         num_groups=num_groups,
         max_responses=max(int(r.max()) for r in responses),
         max_pairs=max(int(np.diff(i.pair_offsets).max()) for i in indexes),
-        longest=np.sort(np.concatenate(totals))[::-1].tolist(),
+        longest=np.sort(np.concatenate(repeated))[::-1].tolist(),
     )
 
 
@@ -196,8 +199,13 @@ def train_batches(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, and dpojax parses its own command line
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        # Ctrl-C reaches the whole process group; the workers leave it to their parent, which saves first.
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_ignore_interrupts)
     return _name_failures(iter(stream), start)
+
+
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _name_failures(batches: Iterator, start: int) -> Iterator:
@@ -217,10 +225,7 @@ def _name_failures(batches: Iterator, start: int) -> Iterator:
         yield batch
 
 
-def eval_batches(pack: PackGroups, *, num_groups: int, max_pairs: int) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
-    """Every group once, in file order, until `max_pairs` (0 = all) pairs are reached; the last batch may be short."""
-    count = len(pack.index.rows)
-    if max_pairs:
-        count = min(count, int(np.searchsorted(pack.index.pair_offsets, max_pairs, side="left")))
+def eval_batches(pack: PackGroups, *, num_groups: int, count: int) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
+    """The first `count` groups once, in file order; the last batch may be short."""
     steps = grain.MapDataset.range(count).batch(num_groups, batch_fn=list, drop_remainder=False).map(pack)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ class _Lines:
             else:
                 empty = self.path.stat().st_size == 0
                 self.data = np.zeros(0, np.uint8) if empty else np.memmap(self.path, np.uint8, mode="r")
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path}: cannot be read: {error}") from error
         ends = np.flatnonzero(self.data == ord("\n"))
         self.ends = ends if self.data.size == 0 or self.data[-1] == ord("\n") else np.append(ends, self.data.size)
@@ -180,7 +181,7 @@ def fingerprint_file(path: pathlib.Path) -> str:
 def in_memory(name: str, rows: Sequence[Row]) -> Records:
     """Rows that a program made."""
     source = InMemory(name, rows)
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode())
     return Records(name, len(rows), source.get, source.where, digest.hexdigest())
 
 

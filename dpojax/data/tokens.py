@@ -17,7 +17,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from dpojax.data.packing import TokenGroup
-from dpojax.data.triples import Dropped, Group
+from dpojax.data.triples import Dropped, Group, keep_sound
 from dpojax.errors import ConfigError
 
 
@@ -234,10 +234,11 @@ class Limits(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What truncation took from a group, in tokens."""
+    """What was taken from a group: by truncation, in tokens, and pairs."""
 
     prompt: int
     responses: tuple[int, ...]
+    dropped: tuple[str, ...]  # the reason of each pair that was left out while others of its group stay
 
 
 def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
@@ -269,9 +270,7 @@ def tokenize(group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int
     responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
     if not prompt:
         raise Dropped("empty_prompt")
-    if not all(responses):
-        raise Dropped("empty_response")
-    if any(responses[p.chosen] == responses[p.rejected] for p in group.pairs):
-        raise Dropped("identical")
+    responses, pairs, reasons = keep_sound(responses, group.pairs, had_pairs=bool(group.pairs))
     arrays = tuple(np.asarray(r, np.int32) for r in responses)
-    return TokenGroup(np.asarray(prompt, np.int32), arrays, group.pairs, row), Cut(prompt_cut, cuts)
+    cut = Cut(prompt_cut, cuts, group.dropped + reasons)
+    return TokenGroup(np.asarray(prompt, np.int32), arrays, pairs, row), cut

@@ -30,6 +30,7 @@ DROPPED = {
     "prompt_mismatch": "chosen and rejected answer different prompts",
     "role_order": "a dialogue does not end in an assistant's answer to somebody",
     "no_preference": "no two responses have different scores",
+    "conflicting_scores": "equal responses have different scores",
 }
 
 
@@ -47,6 +48,32 @@ class Group(NamedTuple):
     prompt: str | tuple[int, ...]
     responses: tuple[str | tuple[int, ...], ...]
     pairs: tuple[TokenPair, ...]
+    dropped: tuple[str, ...] = ()  # the reason of each pair that was left out, keys of DROPPED
+
+
+def keep_sound(responses: Sequence, pairs: Sequence[TokenPair], *, had_pairs: bool) -> tuple[tuple, tuple, tuple[str, ...]]:
+    """Leaves out empty responses with their pairs, and pairs of equal responses: (responses, pairs, reasons).
+
+    Raises: Dropped if nothing is left: no response, or no pair of a group that had some.
+    """
+    empty = {i for i, r in enumerate(responses) if not (r.strip() if isinstance(r, str) else len(r))}
+    kept, reasons = [], []
+    for p in pairs:
+        if p.chosen in empty or p.rejected in empty:
+            reasons.append("empty_response")
+        elif responses[p.chosen] == responses[p.rejected]:
+            reasons.append("identical")
+        else:
+            kept.append(p)
+    # Only responses that are trained on stay: those of a pair, or all sound ones where there never was a pair.
+    used = (
+        sorted({i for p in kept for i in (p.chosen, p.rejected)}) if had_pairs else sorted(set(range(len(responses))) - empty)
+    )
+    if not used:
+        raise Dropped(reasons[0] if reasons else "empty_response")
+    place = {old: new for new, old in enumerate(used)}
+    moved = tuple(p._replace(chosen=place[p.chosen], rejected=place[p.rejected]) for p in kept)
+    return tuple(responses[i] for i in used), moved, tuple(reasons)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +99,17 @@ class RowReader:
                 group = group._replace(prompt=self.prompt_template.format(prompt=group.prompt))
         elif not group.prompt:
             raise Dropped("empty_prompt")
-        if any(not (r.strip() if isinstance(r, str) else r) for r in group.responses):
-            raise Dropped("empty_response")
-        if any(group.responses[p.chosen] == group.responses[p.rejected] for p in group.pairs):
-            raise Dropped("identical")
+        responses, pairs, reasons = keep_sound(group.responses, group.pairs, had_pairs=bool(group.pairs))
+        group = Group(group.prompt, responses, pairs, group.dropped + reasons)
         if self.responses_only and group.pairs:
-            best = group.pairs[0].chosen
+            never_rejected = {p.chosen for p in group.pairs} - {p.rejected for p in group.pairs}
+            best = min(never_rejected or {group.pairs[0].chosen})
             return Group(group.prompt, (group.responses[best],), ())
         return group
 
 
 def _read_row(row: Row, where: str, template: str) -> Group:
+    row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one: joined tables have them
     if "prompt_ids" in row or "chosen_ids" in row:
         ids = [_ids(row, key, where) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         return Group(ids[0], tuple(ids[1:]), (_pair(row, where),))
@@ -143,6 +170,9 @@ def _pair(row: Row, where: str) -> TokenPair:
         raise DataError(f"{where}: column 'weight' is {weight}; it must be at least 0")
     if not 0 <= soft_label <= 1:
         raise DataError(f"{where}: column 'soft_label' is {soft_label}; it is a probability, in [0, 1]")
+    if ("score_chosen" in row) != ("score_rejected" in row):
+        lacks = "score_rejected" if "score_chosen" in row else "score_chosen"
+        raise DataError(f"{where}: column {lacks!r} is missing; the scores of both responses are needed, or none")
     margin = _number(row, "score_chosen", where, 0.0) - _number(row, "score_rejected", where, 0.0)
     return TokenPair(0, 1, weight, soft_label, _number(row, "margin", where, margin))
 
@@ -160,18 +190,22 @@ def _ranked(row: Row, where: str) -> Group:
     scores = [sign * _number({"scores": v}, "scores", where, math.nan) for v in values]
     if any(math.isnan(s) for s in scores):
         raise DataError(f"{where}: column 'scores' holds a null")
-    # Equal responses are scored once.
-    distinct = list(dict.fromkeys(responses))
-    slot = [distinct.index(r) for r in responses]
+    # Equal responses are scored once; those that were given different scores say nothing.
+    given: dict[str, set[float]] = {}
+    for response, score in zip(responses, scores, strict=True):
+        given.setdefault(response, set()).add(score)
+    distinct = list(given)
+    unclear = sum(len(values) > 1 for values in given.values())
+    known = [(slot, values.copy().pop()) for slot, values in enumerate(given.values()) if len(values) == 1]
     pairs = []
-    for i in range(len(responses)):
-        for j in range(i + 1, len(responses)):
-            if scores[i] != scores[j] and slot[i] != slot[j]:
-                w, l = (i, j) if scores[i] > scores[j] else (j, i)
-                pairs.append(TokenPair(slot[w], slot[l], 1.0, 1.0, scores[w] - scores[l]))
+    for place, (i, one) in enumerate(known):
+        for j, other in known[place + 1 :]:
+            if one != other:
+                w, l = (i, j) if one > other else (j, i)
+                pairs.append(TokenPair(w, l, 1.0, 1.0, abs(one - other)))
     if not pairs:
-        raise Dropped("no_preference")
-    return Group(_text(row, "prompt", where), tuple(distinct), tuple(pairs))
+        raise Dropped("conflicting_scores" if unclear else "no_preference")
+    return Group(_text(row, "prompt", where), tuple(distinct), tuple(pairs), ("conflicting_scores",) * unclear)
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

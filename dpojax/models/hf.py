@@ -18,6 +18,9 @@ from dpojax.models.table import ParamRow, layer_rows, model_rows
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "relu": "relu"}  # fmt: skip
+# Types of the fields that are read; all others are integers.
+KINDS = {"hidden_act": str, "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool}
+KINDS |= dict.fromkeys(("rms_norm_eps", "rope_theta"), (int, float))
 # Fields that do not change the forward pass of training.
 INERT = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"),
@@ -41,8 +44,9 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
-    if fields.get("model_type") != "llama":
-        raise ConfigError(f"{path}: model_type is {fields.get('model_type')!r}; this version reads 'llama'")
+    family = fields.get("model_type") if isinstance(fields, dict) else None
+    if family != "llama":
+        raise ConfigError(f"{path}: model_type is {family!r}; this version reads 'llama'")
     taken = set()
 
     def take(name, *, default=None):
@@ -51,15 +55,20 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         value = default if value is None else value
         if value is None:
             raise ConfigError(f"{path}: the field {name!r} is missing")
+        kind = KINDS.get(name, int)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{path}: {name} is {value!r}, of type {type(value).__name__}")
         return value
 
     rope = fields.get("rope_parameters")  # the spelling of transformers 5
     taken.add("rope_parameters")
     if rope is not None:
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        if not isinstance(theta, int | float):
+            raise ConfigError(f"{path}: rope_parameters is {rope!r}; it must hold a number rope_theta")
         unknown = {k: v for k, v in rope.items() if k != "rope_theta" and (k, v) != ("rope_type", "default")}
         if unknown:
             raise ConfigError(f"{path}: rope_parameters has {unknown}, which this version does not compute")
-        theta = rope["rope_theta"]
         taken.add("rope_theta")
     else:
         theta = take("rope_theta", default=10000.0)  # the value of transformers' LlamaConfig
@@ -67,25 +76,30 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     if activation not in ACTIVATIONS:
         raise ConfigError(f"{path}: hidden_act is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
     heads, hidden = take("num_attention_heads"), take("hidden_size")
-    config = ModelConfig(
-        vocab_size=take("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=take("intermediate_size"),
-        num_layers=take("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=take("num_key_value_heads", default=heads),
-        head_dim=take("head_dim", default=hidden // heads),
-        norm="rms",
-        norm_eps=take("rms_norm_eps"),
-        mlp="gated",
-        activation=ACTIVATIONS[activation],
-        rope_theta=float(theta),
-        tie_embeddings=take("tie_word_embeddings", default=False),
-        attention_bias=take("attention_bias", default=False),
-        mlp_bias=take("mlp_bias", default=False),
-        max_positions=take("max_position_embeddings"),
-        init_std=float(fields.get("initializer_range") or 0.02),  # not used: the weights are loaded
-    )
+    try:
+        config = ModelConfig(
+            vocab_size=take("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=take("intermediate_size"),
+            num_layers=take("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=take("num_key_value_heads", default=heads),
+            head_dim=take("head_dim", default=hidden // heads),
+            norm="rms",
+            norm_eps=take("rms_norm_eps"),
+            mlp="gated",
+            activation=ACTIVATIONS[activation],
+            rope_theta=float(theta),
+            tie_embeddings=take("tie_word_embeddings", default=False),
+            attention_bias=take("attention_bias", default=False),
+            mlp_bias=take("mlp_bias", default=False),
+            max_positions=take("max_position_embeddings"),
+            init_std=float(fields.get("initializer_range") or 0.02),  # not used: the weights are loaded
+        )
+    except ConfigError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
     for name, value in fields.items():
         if name in NEUTRAL and value not in NEUTRAL[name]:
             raise ConfigError(f"{path}: {name} is {value!r}, which this version does not compute")

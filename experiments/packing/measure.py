@@ -28,7 +28,7 @@ def main() -> None:
     for spec in args.files:
         path, _, template = spec.partition(":")
         data = Dataset(open_records(path), RowReader(template), load_tokenizer(args.tokenizer), Limits(512, 512))
-        index, _ = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+        index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
         for shards in (1, 8):
             shape = make_shape(
                 [index],
