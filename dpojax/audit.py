@@ -39,6 +39,7 @@ class Audit(NamedTuple):
     one_bos: int  # groups whose prompt holds exactly one BOS, at its start
     ends_in_eos: int
     eos_inside: int  # responses with an EOS before their end
+    glued: int  # responses without white space between the prompt and them
     responses: int
     examples: list[TokenGroup]
 
@@ -61,6 +62,9 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         except DataError as error:
             bad.append(str(error))
             continue
+        text = data.text_group(row)
+        if isinstance(text.prompt, str) and text.prompt[-1:].strip():
+            count["glued"] += sum(bool(str(r)[:1].strip()) for r in text.responses)
         count["cut_prompts"] += cut.prompt > 0
         count["cut_responses"] += sum(c > 0 for c in cut.responses)
         count["one_bos"] += bool(group.prompt[0] == bos and (group.prompt == bos).sum() == 1)
@@ -91,6 +95,7 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         one_bos=count["one_bos"],
         ends_in_eos=count["ends_in_eos"],
         eos_inside=count["eos_inside"],
+        glued=count["glued"],
         responses=count["responses"],
         examples=examples,
     )
@@ -113,6 +118,7 @@ def lines(found: Audit) -> list[str]:
     line(found.cut_responses, f"responses of {found.responses:,} would be cut")
     line(found.one_bos, "prompts start with their one BOS")
     line(found.ends_in_eos, f"responses of {found.responses:,} end in EOS; {found.eos_inside:,} hold one before their end")
+    line(found.glued, f"responses of {found.responses:,} are glued to their prompt, with no white space between")
     if len(found.lengths):
         out.append(f"{'tokens':>10} {'mean':>8} {'p50':>6} {'p95':>6} {'max':>6}")
         for name, x in zip(("prompt", "chosen", "rejected"), found.lengths.T, strict=True):

@@ -148,6 +148,7 @@ def _code_digest() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit code."""
+    wants_help = False
     try:
         spec, workdir, overrides, wants_help = parse(argv)
         if wants_help:
@@ -187,6 +188,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except Interrupted as stopped:
         return stopped.exit_code
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        sys.stdout = None
+        return 0 if wants_help else 1
     except DpojaxError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("DPOJAX_TRACEBACK"):

@@ -41,6 +41,7 @@ def test_planted_faults_are_counted_and_located(files, capsys):
         "1 responses of 8 would be cut",
         "4 prompts start with their one BOS",
         "7 responses of 8 end in EOS; 0 hold one before their end",
+        "0 responses of 8 are glued to their prompt",
         "\x1b[32m",
     ]
     for line in expected:

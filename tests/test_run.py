@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, command, losses, numbers, rows, run, start, wait_for
+from runs import ROOT, command, environment, losses, numbers, rows, run, start, wait_for
 
 from dpojax.checkpoint import Checkpoints
 
@@ -189,3 +189,49 @@ def test_importing_is_quick_and_brings_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.strip() == "True [] {}", done.stdout + done.stderr  # quick, no torch, no device touched
+
+
+@pytest.mark.slow
+def test_sft_a_cached_reference_sampling_with_a_reward_and_export_work_together(files, tmp_path):
+    (tmp_path / "judge.py").write_text("def shorter(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    changes = {
+        "sft.num_steps": 3,
+        "reference.mode": "cached",
+        "sample.num_prompts": 8,
+        "sample.max_new_tokens": 8,
+        "sample.reward": f"{tmp_path / 'judge.py'}:shorter",
+        "export": True,
+    }
+    run(files, tmp_path / "w", **changes)
+    summary = json.loads((tmp_path / "w/summary.json").read_text())
+    assert 0 <= summary["win_rate_low"] <= summary["win_rate"] <= summary["win_rate_high"] <= 1
+    assert summary["kl"] >= -1 and summary["num_samples"] == 8
+    assert all(p["compiled"] == 1 for p in summary["programs"].values())
+    assert [r["step"] for r in rows(tmp_path / "w") if "sft_loss" in r] == [1, 2, 3]
+    # The export is a policy that another run starts from: its reference is what was trained here.
+    again = {"model.init": tmp_path / "w/export", "tokenizer": "", "num_steps": 1, "log_every_steps": 1}
+    sizes = ("hidden_size", "intermediate_size", "head_dim")  # those of the export count
+    argv = [a for a in command(files, tmp_path / "again", **again) if not any(f"model.{s}=" in a for s in sizes)]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    first = next(r for r in rows(tmp_path / "again") if "eval_loss" in r)
+    last = [r for r in rows(tmp_path / "w") if "eval_loss" in r][-1]
+    assert abs(first["eval_logps/chosen"] - last["eval_logps/chosen"]) < 1e-3
+
+
+@pytest.mark.slow
+def test_groups_of_different_sizes_train_alike_in_both_layouts(files, tmp_path):
+    pairs = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    made = []
+    for i in range(0, 60, 3):  # two to four responses, whose scores make one to six pairs
+        texts = [pairs[i]["chosen"], pairs[i]["rejected"], pairs[i + 1]["chosen"], pairs[i + 2]["chosen"]][: 2 + i % 3 + i % 2]
+        made.append({"prompt": pairs[i]["prompt"], "responses": texts, "scores": list(range(len(texts)))})
+    data = tmp_path / "ranked.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in made))
+    found = {}
+    for layout in ("shared", "separate"):
+        changes = {"data.train": data, "batch_groups": 4, "num_steps": 3, "data.layout": layout, "data.row_tokens": 512}
+        run(files, tmp_path / layout, **changes)
+        found[layout] = losses(tmp_path / layout)
+    np.testing.assert_allclose(found["shared"], found["separate"], atol=1e-5)
+    assert "groups hold 1 to" in run(files, tmp_path / "w", code=2, **{"data.train": data})
