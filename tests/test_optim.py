@@ -1,0 +1,89 @@
+"""Optimizers and schedules against their published update rules, in plain numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpojax.config import from_config_dict, load_config_file
+from dpojax.optim import make_optimizer, make_schedule
+
+AXES = {"matrix": ("embed", "mlp"), "norm": ("norm",)}
+RATE = 1e-2
+
+
+def follow(name, steps=5, **changes):
+    """(trajectory of dpojax, gradients, start) for two parameters under fixed gradients."""
+    values = load_config_file("configs/tldr.py")
+    values.optim.update({"name": name, "clip_norm": float("inf"), **changes})
+    config = from_config_dict(values).optim
+    optimizer = make_optimizer(config, optax.constant_schedule(RATE), AXES)
+    rng = np.random.default_rng(0)
+    start = {"matrix": rng.normal(size=(3, 4)).astype(np.float32), "norm": rng.normal(size=4).astype(np.float32)}
+    gradients = [{k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()} for _ in range(steps)]
+    params, state = {k: jnp.asarray(v) for k, v in start.items()}, None
+    state = optimizer.init(params)
+    for g in gradients:
+        updates, state = optimizer.update({k: jnp.asarray(v) for k, v in g.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, gradients, start
+
+
+def test_adamw_is_loshchilov_and_hutters_with_decay_on_matrices_alone():
+    found, gradients, start = follow("adamw", weight_decay=0.1)
+    for key, x in start.items():
+        m = v = np.zeros_like(x)
+        for t, g in enumerate((g[key] for g in gradients), 1):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            x = x - RATE * (step + (0.1 * x if key == "matrix" else 0))
+        np.testing.assert_allclose(found[key], x, rtol=2e-5)
+
+
+def test_rmsprop_is_torchs_which_the_dpo_authors_used():
+    found, gradients, start = follow("rmsprop")
+    for key, x in start.items():
+        v = np.zeros_like(x)
+        for g in (g[key] for g in gradients):  # torch.optim.RMSprop: alpha 0.99, eps 1e-8 outside the root, not centred
+            v = 0.99 * v + 0.01 * g**2
+            x = x - RATE * g / (np.sqrt(v) + 1e-8)
+        np.testing.assert_allclose(found[key], x, rtol=2e-5)
+
+
+def test_lion_moves_by_signs():
+    found, gradients, start = follow("lion")
+    for key, x in start.items():
+        m = np.zeros_like(x)
+        for g in (g[key] for g in gradients):
+            x = x - RATE * np.sign(0.9 * m + 0.1 * g)
+            m = 0.99 * m + 0.01 * g
+        np.testing.assert_allclose(found[key], x, rtol=2e-5)
+
+
+def test_adafactor_moves_relative_to_the_parameters_size():
+    found, _, start = follow("adafactor", steps=1)
+    for key, x in start.items():
+        moved = np.sqrt(np.mean((np.asarray(found[key]) - x) ** 2))
+        # Shazeer & Stern 2018: the first update has root mean square at most 1, times the parameter's own.
+        assert 0.5 * RATE * np.sqrt(np.mean(x**2)) < moved < 1.01 * RATE * np.sqrt(np.mean(x**2))
+
+
+def test_clipping_scales_the_whole_gradient():
+    found, gradients, start = follow("rmsprop", steps=1, clip_norm=0.5)
+    norm = np.sqrt(sum((g**2).sum() for g in gradients[0].values()))
+    for key, x in start.items():
+        g = gradients[0][key] * min(1, 0.5 / norm)
+        np.testing.assert_allclose(found[key], x - RATE * g / (np.sqrt(0.01 * g**2) + 1e-8), rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, *(0.5 * (1 + np.cos(np.pi * np.arange(1, 4) / 4)))]),
+    ],
+)
+def test_schedules_warm_up_from_above_zero_and_decay_to_the_end(name, expected):
+    schedule = make_schedule(name, learning_rate=2.0, warmup_steps=4, num_steps=8)
+    np.testing.assert_allclose([schedule(i) for i in range(8)], 2.0 * np.asarray(expected), rtol=1e-6)
