@@ -222,8 +222,8 @@ def _sample_table(samples: dict[str, Any], shown: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_report(
-    workdir: pathlib.Path,
+def render_report(
+    name: str,
     config: Config,
     summary: dict[str, Any],
     rows: Sequence[dict[str, Any]],
@@ -231,10 +231,11 @@ def write_report(
     samples: dict[str, Any] | None,
     *,
     shown: int = 12,
-) -> pathlib.Path:
-    """Writes WORKDIR/report.html, with everything in the one file.
+) -> str:
+    """The page, with everything in the one file.
 
     Args:
+      name: of the run.
       summary: what summary.json holds.
       rows: of metrics.jsonl.
       results: of the held-out pairs at the end.
@@ -256,8 +257,8 @@ def write_report(
         if "mean_reward" in summary:
             sample_rows.append(("mean reward", f"{summary['mean_reward']:+.2f}", f"{summary['reference_mean_reward']:+.2f}"))
     c = config.sample
-    page = PAGE.render(
-        name=workdir.name,
+    return PAGE.render(
+        name=name,
         title=f"DPO on {pathlib.Path(data).name if config.data.train else data}",
         subtitle=" · ".join([*settings, f"{summary['num_steps']} steps", f"seed {config.seed}"]),
         cards=_cards(summary, splits),
@@ -275,8 +276,3 @@ def write_report(
         program_rows=[(n, p["compiled"], f"{p['seconds']:.1f}") for n, p in summary["programs"].items() if p["compiled"]],
         config=json.dumps(to_dict(config), indent=2),
     )
-    path = workdir / "report.html"
-    temporary = workdir / "report.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path

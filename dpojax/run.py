@@ -103,8 +103,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     }
     if job.main_process:
         _write_summary(job, summary)
-        path = report.write_report(workdir, config, summary, job.log.rows(), evaluation.results, samples)
-        _say_results(summary, path, job)
+        page = report.render_report(workdir.name, config, summary, job.log.rows(), evaluation.results, samples)
+        job.write_file("report.html", page)
+        _say_results(summary, workdir / "report.html", job)
     job.log.close()
     return summary
 

@@ -252,6 +252,16 @@ def test_a_batch_size_that_is_no_multiple_of_the_pairs_per_group_says_the_fix():
         groups_per_step(index, batch_size=8, batch_groups=0)
 
 
+def test_the_world_is_as_large_as_it_says():
+    made = world.make_world(0)
+    rows = [made.train.get(i) for i in range(0, 6144, 4)]
+    posts = [1 + len(made.tokenizer.encode_prompt(r["prompt"])) for r in rows]  # with BOS
+    summaries = [1 + len(made.tokenizer.encode_continuation(r[k])) for r in rows for k in ("chosen", "rejected")]  # with EOS
+    assert made.tokenizer.vocab_size >= 1000 and made.eval.size >= 500
+    assert min(posts) >= 60 and max(posts) <= 250 and max(posts) > 2 * min(posts)
+    assert min(summaries) >= 10 and max(summaries) <= 40 and max(summaries) > 3 * min(summaries)
+
+
 def test_the_world_reads_its_own_facts_and_rewards_the_truth():
     rng = np.random.default_rng(0)
     for _ in range(100):

@@ -197,7 +197,8 @@ def test_a_run_moves_between_topologies_with_the_same_batches(plain, files, tmp_
 
 @pytest.mark.slow
 def test_a_full_disk_stops_no_training_and_saves_go_on_when_there_is_room(files, tmp_path):
-    full, room = (200 * 1024,) * 2, (resource.RLIM_INFINITY,) * 2  # bytes that a file may have: metrics fit, arrays do not
+    room = resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE)
+    full = (200 * 1024, room[1])  # bytes that a file may have: metrics fit, arrays do not
     uncached = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     settings = {"model.hidden_size": 256, "num_steps": 30, "eval_every_steps": 100}
     process = start(files, tmp_path / "freed", env=uncached, **settings, **{"checkpoint_every_steps": 10})

@@ -147,7 +147,7 @@ def make_post(rng: np.random.Generator) -> Post:
 
 
 def make_summary(rng: np.random.Generator, facts: dict[str, str]) -> str:
-    """A summary by a writer of random care, who drops, distorts and pads."""
+    """A summary of 10 to 40 tokens by a writer of random care, who drops, distorts and pads."""
     keep = _pick(rng, (0.45, 0.7, 0.95))  # pyright: ignore[reportArgumentType]
     distort = _pick(rng, (0.0, 0.1, 0.35))  # pyright: ignore[reportArgumentType]
     said = {
@@ -155,12 +155,15 @@ def make_summary(rng: np.random.Generator, facts: dict[str, str]) -> str:
         for key, value in facts.items()
     }
     kept = {key: rng.random() < float(keep) for key in ("place", "amount", "feeling", "question")}
+    if not any(kept.values()):
+        kept[_pick(rng, list(kept))] = True
     where = " in {place}" if kept["place"] else ""
     parts = [f"My {{relation}} {{name}} {{verb}} my {{object}}{where}."]
     parts += ["It cost {amount} dollars."] * kept["amount"] + ["I feel {feeling}."] * kept["feeling"]
     parts += ["Should I {question}?"] * kept["question"]
     text = " ".join(parts).format(**said)
-    padding = rng.choice(len(PADDING), int(rng.choice(3, p=(0.5, 0.3, 0.2))), replace=False)
+    amount = min(int(rng.choice(3, p=(0.5, 0.3, 0.2))), 1 if sum(kept.values()) > 2 else 2)
+    padding = rng.choice(len(PADDING), amount, replace=False)
     return " " + " ".join([text, *(PADDING[i] for i in padding)])
 
 
