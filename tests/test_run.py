@@ -235,3 +235,16 @@ def test_groups_of_different_sizes_train_alike_in_both_layouts(files, tmp_path):
         found[layout] = losses(tmp_path / layout)
     np.testing.assert_allclose(found["shared"], found["separate"], atol=1e-5)
     assert "groups hold 1 to" in run(files, tmp_path / "w", code=2, **{"data.train": data})
+
+
+def test_a_sweep_only_reads_a_finished_run(plain, files, monkeypatch):
+    from runs import SMALL
+
+    from dpojax import sweep
+
+    monkeypatch.chdir(ROOT)
+    data = {"data.train": files / "train.jsonl", "data.eval": files / "eval.jsonl", "tokenizer": files / "tokenizer.model"}
+    before = (plain[0] / "metrics.jsonl").read_bytes()
+    found = sweep.train(plain[0], "configs/tldr.py", SMALL | data)
+    assert found == json.loads((plain[0] / "summary.json").read_text())
+    assert (plain[0] / "metrics.jsonl").read_bytes() == before

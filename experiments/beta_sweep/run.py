@@ -10,23 +10,15 @@ import argparse
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dpojax import sweep
+
 COLORS = {"sigmoid": "#4575b4", "ipo": "#f46d43", "hinge": "#1b7837"}
-
-
-def train(workdir: pathlib.Path, overrides: dict) -> dict:
-    """One run through the command line, as a person would start it; a finished one is read."""
-    flags = [f"--config.{k}={v}" for k, v in overrides.items()]
-    argv = [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def main() -> None:
@@ -42,13 +34,9 @@ def main() -> None:
     for name, beta in itertools.product(args.losses.split(","), map(float, args.betas.split(","))):
         workdir = out / f"{name}-{beta:g}"
         first = out / f"{args.losses.split(',')[0]}-{float(args.betas.split(',')[0]):g}"
-        if workdir != first and not (workdir / "sft").exists():
-            # The SFT stage is the same in every run: its checkpoint is copied, and resuming checks its fingerprints.
-            import shutil
-
-            shutil.copytree(first / "sft", workdir / "sft")
         # IPO here averages over tokens: its beta acts per token.
-        found = train(workdir, {"loss.name": name, "loss.beta": beta, "num_steps": args.steps})
+        settings = {"loss.name": name, "loss.beta": beta, "num_steps": args.steps}
+        found = sweep.train(workdir, "configs/tldr.py", settings, sft_from=first)
         keys = ("win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "kl", "mean_reward", "mean_length")
         results.append({"loss": name, "beta": beta, **{k: found[k] for k in keys}})
         r = results[-1]

@@ -9,19 +9,9 @@ at random) the win rate must stay at 50 %. Writes table.md and results.json. Abo
 import argparse
 import json
 import pathlib
-import shutil
-import subprocess
-import sys
 
+from dpojax import sweep
 from dpojax.winrate import wilson
-
-
-def train(workdir: pathlib.Path, settings: dict) -> dict:
-    """One run through the command line; a finished one is read."""
-    flags = [f"--config.{k}={v}" for k, v in settings.items()]
-    argv = [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def main() -> None:
@@ -32,11 +22,8 @@ def main() -> None:
     out, found = pathlib.Path(args.out), []
     for seed in map(int, args.seeds.split(",")):
         for arm, flip in (("true", 0.0), ("shuffled", 0.5)):
-            workdir = out / f"{arm}-{seed}"
-            if arm == "shuffled" and not (workdir / "sft").exists():
-                workdir.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(out / f"true-{seed}/sft", workdir / "sft")
-            s = train(workdir, {"seed": seed, "data.flip_labels": flip})
+            settings = {"seed": seed, "data.flip_labels": flip}
+            s = sweep.train(out / f"{arm}-{seed}", "configs/tldr.py", settings, sft_from=out / f"true-{seed}")
             found.append({"labels": arm, "seed": seed, **{k: v for k, v in s.items() if not isinstance(v, dict)}})
             print(f"{arm:9s} seed {seed}  win rate {s['win_rate']:.3f}  KL {s['kl']:.2f}", flush=True)
     (out / "results.json").write_text(json.dumps(found, indent=1))

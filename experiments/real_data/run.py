@@ -10,13 +10,13 @@ import argparse
 import gzip
 import json
 import pathlib
-import subprocess
-import sys
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from dpojax import sweep
 
 HH = ("helpful-base", "harmless-base", "helpful-rejection-sampled")
 
@@ -33,11 +33,8 @@ def split(source: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Path]
     return found
 
 
-def train(workdir: pathlib.Path, config: str, settings: dict) -> dict:
-    """One run through the command line; a finished one is read."""
-    flags = [f"--config.{k}={v}" for k, v in settings.items()]
-    argv = [sys.executable, "-m", "dpojax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    subprocess.run(argv, check=True)
+def read(workdir: pathlib.Path) -> dict:
+    """What a finished run found."""
     evals = [r for r in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in r]
     return {"evals": evals, "summary": json.loads((workdir / "summary.json").read_text())}
 
@@ -63,14 +60,18 @@ def main() -> None:
         "sample.num_prompts": 16,
     }
     tldr = {"train": data / "tldr/train.jsonl.gz", "eval": data / "tldr/validation.jsonl.gz"}
-    found = {}
     for name in args.only.split(","):
         files = tldr if name == "tldr" else split(data / f"hh/{name}.jsonl.gz", out)
         own = {"data.train": files["train"], "data.eval": files["eval"]}
         if name == "tldr":
             own |= {"data.prompt_template": "{prompt}\n\nTL;DR:", "optim.learning_rate": 3e-5}
         config = "configs/tldr.py" if name == "tldr" else "configs/hh.py"
-        found[name] = train(out / name, config, common | own)
+        sweep.train(out / name, config, common | own)
+    write(out, {name: read(out / name) for name in ("tldr", *HH) if (out / name / "summary.json").is_file()})
+
+
+def write(out: pathlib.Path, found: dict[str, dict]) -> None:
+    """The table and the curves of all runs."""
     (out / "results.json").write_text(json.dumps(found, indent=1))
     lines = [
         "| data | rows | dropped | pairs held out | eval loss before | after | accuracy before | after |",
