@@ -22,11 +22,14 @@ WORLD_REWARD = "dpojax.data.world:true_reward"
 
 def evaluate_pairs(job: Job, program: Program, params, ref, pack: PackGroups, groups: int) -> PairResults:
     """Per-pair results of the held-out pairs, flat, padding removed."""
-    parts = []
-    for batch, _ in eval_batches(pack, num_groups=groups, count=pack.index.groups_within(job.config.data.eval_max_pairs)):
+    parts, count = [], pack.index.groups_within(job.config.data.eval_max_pairs)
+    progress = job.progress("evaluation", count, "prompts")
+    for i, (batch, _) in enumerate(eval_batches(pack, num_groups=groups, count=count)):
+        progress(i * groups)
         found = jax.device_get(program(params, ref, job.put(batch)))
         used = found.row_id >= 0
         parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[used], found))
+    progress.clear()
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 

@@ -112,11 +112,16 @@ class Progress:
         else:
             say(text)
 
+    def clear(self) -> None:
+        """Takes the line off the terminal."""
+        if self.enabled and sys.stdout.isatty():
+            print("\r\x1b[K", end="", flush=True)
+
     def close(self, message: str) -> None:
         """Ends the line with what came out, and how long it took."""
+        self.clear()
         if self.enabled:
-            end = "\r\x1b[K" if sys.stdout.isatty() else ""
-            say(f"{end}{self.name}: {message} ({duration(time.monotonic() - self.start)})")
+            say(f"{self.name}: {message} ({duration(time.monotonic() - self.start)})")
 
 
 def duration(seconds: float) -> str:

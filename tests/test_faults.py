@@ -304,7 +304,9 @@ def test_a_data_worker_that_dies_ends_the_run_with_exit_3_and_its_traceback(file
         **{"data.train": data, "data.workers": 1, "num_steps": 400, "eval_every_steps": 500, "log_every_steps": 5},
     )
     wait_for(process, "DPO 5/")
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+    children = subprocess.run(
+        ["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
+    ).stdout
     workers = [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
     assert workers, children
     start_time = time.monotonic()
