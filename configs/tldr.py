@@ -110,7 +110,7 @@ def default() -> ConfigDict:
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # rmsprop, adafactor, lion
-    c.optim.learning_rate = 2e-4
+    c.optim.learning_rate = 1e-4
     c.optim.schedule = "linear"  # constant, cosine
     c.optim.warmup_steps = 15
     c.optim.weight_decay = 0.0

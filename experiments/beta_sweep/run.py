@@ -35,7 +35,7 @@ def main() -> None:
         workdir = out / f"{name}-{beta:g}"
         first = out / f"{args.losses.split(',')[0]}-{float(args.betas.split(',')[0]):g}"
         # IPO here averages over tokens: its beta acts per token.
-        settings = {"loss.name": name, "loss.beta": beta, "num_steps": args.steps}
+        settings = {"loss.name": name, "loss.beta": beta, "num_steps": args.steps, "optim.learning_rate": 2e-4}
         found = sweep.train(workdir, "configs/tldr.py", settings, sft_from=first)
         keys = ("win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "kl", "mean_reward", "mean_length")
         results.append({"loss": name, "beta": beta, **{k: found[k] for k in keys}})
