@@ -171,9 +171,9 @@ class Checkpoints:
         Call `compare_shapes` first. Raises: CheckpointError naming the leaf whose checksum differs, with the step
           to fall back to.
         """
-        saved = {_path(p): x.dtype for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        saved = self._saved(step)
         as_saved = jax.tree_util.tree_map_with_path(
-            lambda p, x: jax.ShapeDtypeStruct(x.shape, saved[_path(p)], sharding=x.sharding), abstract
+            lambda p, x: jax.ShapeDtypeStruct(x.shape, saved[_path(p)].dtype, sharding=x.sharding), abstract
         )
         try:
             state = self._checkpointer.load_checkpointables(step, {"state": as_saved})["state"]
@@ -188,15 +188,15 @@ class Checkpoints:
         if leaf is not None:
             raise CheckpointError(f"{self.folder / str(step)}: the bytes of {leaf} changed on disk{self._fallback(step)}")
 
-    def _saved(self, step: int) -> Any:
-        """Shapes and dtypes of a step's state as it lies on disk."""
+    def _saved(self, step: int) -> dict[str, Any]:
+        """Every leaf of a step's state as it lies on disk, with its shape and dtype, by its place."""
         try:
             saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
         if not jax.tree.leaves(saved):
             raise self._damaged(step, ValueError("its metadata names no array"))
-        return saved
+        return {_path(p): x for p, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
 
     def restore_params(self, step: int, abstract: Any, shardings: Any, meta: dict[str, Any]) -> Any:
         """The parameters alone of a step, without reading the rest; arguments shaped like the parameters.
@@ -204,9 +204,9 @@ class Checkpoints:
         They come in the dtypes of `abstract`. Raises: CheckpointError as `compare_shapes` and `restore`.
         """
         self.compare_shapes(step, {"params": abstract}, cast=True)
-        saved = {_path(p): x.dtype for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        saved = self._saved(step)
         target = jax.tree_util.tree_map_with_path(
-            lambda p, x, s: jax.ShapeDtypeStruct(x.shape, saved[f"params/{_path(p)}"], sharding=s), abstract, shardings
+            lambda p, x, s: jax.ShapeDtypeStruct(x.shape, saved[f"params/{_path(p)}"].dtype, sharding=s), abstract, shardings
         )
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -226,7 +226,7 @@ class Checkpoints:
         Args:
           cast: another dtype is allowed.
         """
-        saved = {_path(p): x for p, x in jax.tree_util.tree_flatten_with_path(self._saved(step))[0]}
+        saved = self._saved(step)
         show = lambda x: "missing" if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
         for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
             found = saved.get(_path(path))

@@ -20,8 +20,13 @@ from dpojax.errors import ConfigError
 from dpojax.losses import objective_settings
 
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers")
-# The moments and eps that each optimizer has.
-OPTIMIZERS = {"adamw": ("b1", "b2", "eps"), "rmsprop": ("b2", "eps"), "adafactor": (), "lion": ("b1", "b2")}
+# The moments and eps that each optimizer has, as published or as the common implementations set them: what optim.* means unset.
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},  # Loshchilov & Hutter 2019
+    "rmsprop": {"b2": 0.99, "eps": 1e-8},  # torch.optim.RMSprop, which the DPO authors used; b2 is its alpha
+    "adafactor": {},  # Shazeer & Stern 2018
+    "lion": {"b1": 0.9, "b2": 0.99},  # Chen et al. 2023
+}
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (
     *REQUIRED_SIZES,
@@ -119,7 +124,7 @@ class ReferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer; b1, b2 and eps None = as published (optim.PUBLISHED)."""
+    """The optimizer; b1, b2 and eps None = as published (OPTIMIZERS)."""
 
     name: str
     learning_rate: float

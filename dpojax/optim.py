@@ -7,17 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from dpojax.config import OptimConfig
+from dpojax.config import OPTIMIZERS, OptimConfig
 from dpojax.errors import ConfigError
 
 SCHEDULES = ("constant", "linear", "cosine")
-# b1, b2 and eps as published or as the common implementations set them, where config.optim leaves them None.
-PUBLISHED = {
-    "adamw": (0.9, 0.999, 1e-8),  # Loshchilov & Hutter 2019
-    "rmsprop": (0.0, 0.99, 1e-8),  # torch.optim.RMSprop, which the DPO authors used; b2 is its alpha
-    "adafactor": (None, None, None),  # Shazeer & Stern 2018
-    "lion": (0.9, 0.99, None),  # Chen et al. 2023
-}
 
 
 def make_schedule(name: str, *, learning_rate: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
@@ -52,17 +45,15 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, axes: Any) -> 
       schedule: step -> learning rate.
       axes: logical axes of the parameters, for the weight-decay mask.
     """
-    b1, b2, eps = (
-        given if given is not None else published
-        for given, published in zip((config.b1, config.b2, config.eps), PUBLISHED[config.name], strict=True)
-    )
+    published = OPTIMIZERS[config.name]
+    own = {k: value if getattr(config, k) is None else getattr(config, k) for k, value in published.items()}
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        "rmsprop": lambda: optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False),
+        "adamw": lambda: optax.scale_by_adam(**own),
+        "rmsprop": lambda: optax.scale_by_rms(decay=own["b2"], eps=own["eps"], eps_in_sqrt=False),
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
         ),
-        "lion": lambda: optax.scale_by_lion(b1=b1, b2=b2),
+        "lion": lambda: optax.scale_by_lion(**own),
     }
     steps = [optax.clip_by_global_norm(config.clip_norm)] if math.isfinite(config.clip_norm) else []
     steps.append(makers[config.name]())
