@@ -58,6 +58,7 @@ def default() -> ConfigDict:
     c.data.eval_max_pairs = 512  # 0: all
     c.data.on_bad_line = "error"  # or skip, up to
     c.data.max_bad_share = 0.01
+    c.data.mask_tokens = ""  # formatting tokens, comma-separated, that count in no log-prob of the preference stage
     c.data.workers = 0  # processes that tokenise and pack; 0: threads
 
     c.model = ConfigDict()
@@ -96,15 +97,25 @@ def default() -> ConfigDict:
     c.sft.b2 = 0.95  # of its optimizer, where it has one (config.optim otherwise): a short run wants a short memory
 
     c.loss = ConfigDict()
-    c.loss.name = "sigmoid"
+    c.loss.name = "sigmoid"  # an objective, a sum like 0.8*sigmoid+0.2*bco_pair, or your own module:function
     c.loss.beta = 0.1
     c.loss.label_smoothing = placeholder(float)
-    c.loss.average = placeholder(bool)
-    c.loss.sft_weight = placeholder(float)
-    c.loss.sft_normalize = placeholder(str)
+    c.loss.average = placeholder(bool)  # ipo: log-ratios per token; unset: True
+    c.loss.tau = placeholder(float)  # discopop; tr_*: steps between two moves of the reference
+    c.loss.gamma = placeholder(float)  # simpo
+    c.loss.alpha = placeholder(float)  # r_dpo, odpo, tdpo2, ld_dpo, cpo, tr_*
+    c.loss.dpop_lambda = placeholder(float)
+    c.loss.orpo_lambda = placeholder(float)
+    c.loss.desirable_weight = placeholder(float)  # kto; unset: 1
+    c.loss.undesirable_weight = placeholder(float)
+    c.loss.f_divergence = placeholder(str)  # reverse_kl, forward_kl, js, alpha; unset: reverse_kl
+    c.loss.f_alpha = placeholder(float)
+    c.loss.sft_weight = placeholder(float)  # of the chosen response's negative log-likelihood, added
+    c.loss.sft_normalize = placeholder(str)  # token (over the step's tokens) or pair
+    c.loss.extra = ConfigDict()  # settings of your own function that are not above
 
     c.reference = ConfigDict()
-    c.reference.mode = "live"  # or cached
+    c.reference.mode = "auto"  # live, cached, none; auto: none where the objective takes no reference, else live
     c.reference.dtype = ""  # of the live tree; "": model.param_dtype
     c.reference.rules = ConfigDict()  # its own sharding; empty: mesh.rules
 
@@ -137,6 +148,7 @@ def default() -> ConfigDict:
 
     c.sample = ConfigDict()
     c.sample.num_prompts = 512
+    c.sample.kl_prompts = 128  # of these, that every evaluation samples for the on-policy KL; 0: none
     c.sample.max_new_tokens = 48
     c.sample.batch_size = 128
     c.sample.temperature = 1.0  # 0: greedy

@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from dpojax.errors import ConfigError
-from dpojax.losses import objective_settings
+from dpojax.objectives import Loss, make_loss
 
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers")
 # The moments and eps that each optimizer has, as published or as the common implementations set them: what optim.* means unset.
@@ -52,6 +52,7 @@ class DataConfig:
     eval_max_pairs: int  # 0 = all
     on_bad_line: str  # error or skip
     max_bad_share: float  # with skip: more than this share of bad lines is an error after all
+    mask_tokens: str  # comma-separated formatting tokens that count in no log-prob of the preference stage
     workers: int  # processes that tokenise and pack; 0 = threads of this process
 
 
@@ -102,22 +103,32 @@ class LossConfig:
     """The objective and its settings; None = unset. One that the objective does not take is an error."""
 
     name: str
-    beta: float | None
+    beta: float | None  # strength of the pull to the reference; IPO's tau, RSO's gamma
     label_smoothing: float | None
-    average: bool | None
+    average: bool | None  # ipo: log-ratios per token
+    tau: float | None  # discopop; tr_*: steps between two moves of the reference
+    gamma: float | None  # simpo
+    alpha: float | None  # r_dpo, odpo, tdpo2, ld_dpo, cpo, tr_*
+    dpop_lambda: float | None
+    orpo_lambda: float | None
+    desirable_weight: float | None  # kto
+    undesirable_weight: float | None
+    f_divergence: str | None  # reverse_kl, forward_kl, js, alpha
+    f_alpha: float | None
     sft_weight: float | None
-    sft_normalize: str | None
+    sft_normalize: str | None  # token or pair
+    extra: dict[str, float]  # settings of a user's own function that are not above
 
-    def settings(self) -> dict[str, Any]:
-        """What `losses.make_loss` takes besides the name."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+    def make(self) -> Loss:
+        """The loss. Raises: ValueError naming the setting that is wrong."""
+        return make_loss(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
     """Where the reference log-probs come from."""
 
-    mode: str  # live or cached
+    mode: str  # live, cached, none, or auto: none where the objective takes no reference, else live
     dtype: str  # of the live tree; "" = model.param_dtype
     rules: dict[str, str]  # logical axis -> mesh axis, its own; empty = mesh.rules
 
@@ -170,6 +181,7 @@ class SampleConfig:
     """Generations of policy and reference for the report."""
 
     num_prompts: int  # 0 = none
+    kl_prompts: int  # of these, that every evaluation samples for the on-policy KL; 0 = none
     max_new_tokens: int
     batch_size: int
     temperature: float  # 0 = greedy
@@ -212,9 +224,10 @@ def _convert(value, kind, field: str):
         return None
     kind = options[0]
     if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise ConfigError(f"{field} is {value!r}; it must map names to names")
-        return dict(value)
+        of = typing.get_args(kind)[1]
+        if not isinstance(value, dict):
+            raise ConfigError(f"{field} is {value!r}; it must map names to values of type {of.__name__}")
+        return {k: _convert(v, of, f"{field}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -263,7 +276,7 @@ def _validate(config: Config) -> None:
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
         "model.attention": (config.model.attention, ("auto", "xla", "full")),
         "model.remat": (config.model.remat, ("none", "full", "dots")),
-        "reference.mode": (config.reference.mode, ("live", "cached")),
+        "reference.mode": (config.reference.mode, ("auto", "live", "cached", "none")),
         "reference.dtype": (config.reference.dtype, ("", "float32", "bfloat16")),
         "optim.name": (config.optim.name, tuple(OPTIMIZERS)),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
@@ -295,6 +308,7 @@ def _validate(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "checkpoint.restore_step": (config.checkpoint.restore_step, -1),
         "sample.num_prompts": (config.sample.num_prompts, 0),
+        "sample.kl_prompts": (config.sample.kl_prompts, 0),
         "sample.max_new_tokens": (config.sample.max_new_tokens, 1),
         "sample.batch_size": (config.sample.batch_size, 1),
         "sample.top_k": (config.sample.top_k, 0),
@@ -331,10 +345,20 @@ def _validate(config: Config) -> None:
     for name, value in {**own, "sft.data": config.sft.data}.items():
         if value and not config.data.train:
             raise ConfigError(f"{name} is {value!r} but data.train is ''; the embedded world brings its own; set data.train")
+    _validate_loss(config)
+
+
+def _validate_loss(config: Config) -> None:
+    """The objective with its settings, and the reference that it asks for."""
     try:
-        objective_settings(config.loss.name, config.loss.settings())
+        loss = config.loss.make()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    mode = config.reference.mode
+    if loss.needs_live_reference:
+        _require(mode in ("auto", "live"), "reference.mode", mode, f"'live' or 'auto': {loss.name} needs the reference's parameters")
+    if loss.uses_reference:
+        _require(mode != "none", "reference.mode", mode, f"'live', 'cached' or 'auto': {loss.name} needs a reference")
 
 
 def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset[str] = frozenset()) -> Config:
@@ -447,8 +471,8 @@ def _kind_of(key: str) -> tuple[type, bool]:
     for part in key.split("."):
         if dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part, str)
-        else:  # rules map names to names
-            kind = str
+        else:  # a mapping: rules to names, loss.extra to numbers
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else str
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return options[0], type(None) in options
 

@@ -5,13 +5,16 @@ import pathlib
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from dpojax.data import world
 from dpojax.data.index import Dataset, Index, load_or_build_index
 from dpojax.data.records import Records, open_records
-from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, load_tokenizer
+from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, load_tokenizer, mask_ids
 from dpojax.data.triples import RowReader
-from dpojax.errors import ConfigError
+from dpojax.errors import ConfigError, DataError
 from dpojax.job import Job, same_everywhere
+from dpojax.objectives import Loss
 
 
 class Data(NamedTuple):
@@ -26,11 +29,12 @@ class Data(NamedTuple):
     sft_index: Index | None
 
 
-def _open_dataset(job: Job, records: Records, tokenizer, *, responses_only=False, flip=0.0) -> tuple[Dataset, Index]:
+def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0) -> tuple[Dataset, Index]:
     config = job.config.data
-    reader = RowReader(config.prompt_template, responses_only)
+    reader = RowReader(config.prompt_template, kind)
     limits = Limits(config.max_prompt_tokens, config.max_response_tokens)
-    data = Dataset(records, reader, tokenizer, limits, flip, job.config.seed)
+    masked = frozenset() if kind == "sft" else mask_ids(config.mask_tokens, tokenizer)
+    data = Dataset(records, reader, tokenizer, limits, flip, job.config.seed, masked)
     progress = job.progress(f"reading {records.name}", records.size, "rows")
     index = load_or_build_index(
         data,
@@ -60,13 +64,13 @@ def open_data(job: Job) -> Data:
     """
     config = job.config
     want_sft = config.sft.num_steps > 0
-    sft_records, only = None, False
+    sft_records = None
     if config.data.train:
         place = config.tokenizer or _tokenizer_of(config.model.init)
         tokenizer = load_tokenizer(place) if place else None
         train, evaluation = open_records(config.data.train), open_records(config.data.eval)
         if want_sft:
-            sft_records, only = (open_records(config.sft.data), True) if config.sft.data else (train, True)
+            sft_records = open_records(config.sft.data) if config.sft.data else train
     else:
         made = world.make_world(config.seed)
         tokenizer, train, evaluation = made.tokenizer, made.train, made.eval
@@ -74,13 +78,33 @@ def open_data(job: Job) -> Data:
         job.say(f"embedded world: {train.size:,} pairs, {evaluation.size} held out, {tokenizer.vocab_size} pieces")
     opened = [r.fingerprint for r in (train, evaluation, sft_records) if r] + [tokenizer.fingerprint if tokenizer else ""]
     same_everywhere("data or tokenizer", hashlib.sha256(repr(opened).encode()).hexdigest())
-    sft = _open_dataset(job, sft_records, tokenizer, responses_only=only) if sft_records else (None, None)
-    train_data, train_index = _open_dataset(job, train, tokenizer, flip=config.data.flip_labels)
-    eval_data, eval_index = _open_dataset(job, evaluation, tokenizer)
-    for data, index in ((train_data, train_index), (eval_data, eval_index)):
-        if not len(index.chosen):
-            raise ConfigError(f"{data.records.name}: its rows hold responses but no preferences; it can serve as sft.data")
-    return Data(tokenizer, train_data, train_index, eval_data, eval_index, *sft)
+    sft = _open_dataset(job, sft_records, tokenizer, kind="sft") if sft_records else (None, None)
+    loss = config.loss.make()
+    kind = "unpaired" if loss.unpaired else "pairs"
+    opened_data = []
+    for records, flip in ((train, config.data.flip_labels), (evaluation, 0.0)):
+        data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
+        _check_pairs(data, index, loss)
+        opened_data += [data, index.with_mismatched(config.seed) if loss.needs("mismatched") else index]
+    return Data(tokenizer, *opened_data, *sft)
+
+
+def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:
+    """Raises ConfigError where the rows hold no preferences, DataError where they lack what the objective takes."""
+    if not len(index.chosen):
+        raise ConfigError(
+            f"{data.records.name}: its rows hold responses but no preferences; it can serve as sft.data, and with a column "
+            "'label' for an unpaired objective (loss.name=kto)"
+        )
+    if loss.needs("scores") and (index.margins <= 0).any():
+        pair = int(np.argmax(index.margins <= 0))
+        group = int(np.searchsorted(index.pair_offsets, pair, side="right")) - 1
+        raise DataError(
+            f"{data.records.where(int(index.rows[group]))}: score_chosen - score_rejected is {index.margins[pair]:g}; "
+            f"{loss.name} takes its logarithm, so that it must be > 0 (columns score_chosen and score_rejected, or margin)"
+        )
+    if loss.coupled and not loss.unpaired and (index.soft_labels != 1).any():
+        raise DataError(f"{data.records.name}: column 'soft_label' is not 1 everywhere; {loss.name} compares whole batches and has no soft labels")
 
 
 def _tokenizer_of(init: str) -> str:

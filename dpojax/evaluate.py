@@ -1,5 +1,6 @@
 """Policy and reference -> metrics of held-out pairs, and their samples side by side with win rate and KL."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,89 +16,104 @@ from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.policy import Policy
 from dpojax.programs import Program
-from dpojax.train import PairResults
+from dpojax.train import PairResults, pair_scalars
 
 WORLD_REWARD = "dpojax.data.world:true_reward"
 
 
-def evaluate_pairs(job: Job, program: Program, params, ref, pack: PackGroups, groups: int) -> PairResults:
-    """Per-pair results of the held-out pairs, flat, padding removed."""
+def evaluate_pairs(job: Job, program: Program, params, ref, shift, pack: PackGroups, groups: int) -> PairResults:
+    """Per-pair results of the held-out pairs, flat, padding removed; `shift` is the state's reward_mean."""
     parts, count = [], pack.index.groups_within(job.config.data.eval_max_pairs)
     progress = job.progress("evaluation", count, "prompts")
     for i, (batch, _) in enumerate(eval_batches(pack, num_groups=groups, count=count)):
         progress(i * groups)
-        found = jax.device_get(program(params, ref, job.put(batch)))
+        found = jax.device_get(program(params, ref, job.put(batch), shift))
         used = found.row_id >= 0
         parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[used], found))
     progress.clear()
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def eval_scalars(r: PairResults) -> dict[str, float]:
-    """TRL's evaluation metrics (prefix eval_): means over the held-out pairs, or over their tokens where TRL's are."""
-    margin = r.chosen_rewards - r.rejected_rewards
-    means = {
-        "loss": r.loss,
-        "rewards/chosen": r.chosen_rewards,
-        "rewards/rejected": r.rejected_rewards,
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),
-        "logps/chosen": r.policy_chosen,
-        "logps/rejected": r.policy_rejected,
-        "displacement": r.policy_chosen < r.ref_chosen,  # chosen responses that became less likely
-    }
-    chosen, rejected = int(r.chosen_lengths.sum()), int(r.rejected_lengths.sum())
-    by_token = {
-        "logits/chosen": r.chosen_logits.sum() / chosen,
-        "logits/rejected": r.rejected_logits.sum() / rejected,
-        "entropy": r.entropy.sum() / (chosen + rejected),
-        "mean_token_accuracy": r.correct.sum() / chosen,
-    }
-    return {f"eval_{k}": float(np.mean(v)) for k, v in {**means, **by_token}.items()}
+def eval_scalars(r: PairResults, *, unpaired: bool) -> dict[str, float]:
+    """The metrics of the training step with the prefix eval_, over the held-out pairs."""
+    scalars = {"loss": np.mean(r.loss), **pair_scalars(r, unpaired=unpaired)}
+    return {f"eval_{k}": float(v) for k, v in scalars.items()}
 
 
-def generate_samples(job: Job, data: Data, policy: Policy, params, ref) -> dict[str, Any]:
-    """Policy and reference answer the same held-out prompts. `ref` may have another dtype and sharding than `params`."""
-    c, tokenizer = job.config.sample, data.tokenizer
-    assert tokenizer is not None
-    shards = sharding.num_shards(job.mesh)
-    rows, prompts = _distinct_prompts(data, c.num_prompts)
-    count = len(rows)
-    batch = -(-min(c.batch_size, count) // shards) * shards
-    settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, tokenizer.pad_id)
-    sampler = job.program("sampler", sampling.make_sampler(policy.model, settings), out_shardings=job.replicated)
-    rows_sharding = sharding.rows_sharding(job.mesh, leading=0)
-    put = lambda x: jax.make_array_from_callback(x.shape, rows_sharding, lambda index: x[index])
-    common = dict(batch_size=batch, pad_id=tokenizer.pad_id, put=put, fetch=np.asarray)
-    sampled = {}
-    for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
-        progress = job.progress(f"sampling from the {name}", count, "prompts")
-        sampled[name], _ = sampling.generate(
-            sampler, reference.like(tree, params), prompts, seed=seed, progress=progress, **common
+class Sampling:
+    """Answers to held-out prompts: from the policy alone for its KL while it trains, and side by side with the reference."""
+
+    def __init__(self, job: Job, data: Data, policy: Policy):
+        assert data.tokenizer is not None
+        self.job, self.data, self.policy, self.tokenizer = job, data, policy, data.tokenizer
+        c = job.config.sample
+        shards = sharding.num_shards(job.mesh)
+        self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
+        self.batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
+        rows = sharding.rows_sharding(job.mesh, leading=0)
+        put = lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
+        self.common = dict(batch_size=self.batch_size, pad_id=self.tokenizer.pad_id, put=put, fetch=np.asarray)
+        settings = sampling.SampleSettings(
+            c.max_new_tokens, c.temperature, c.top_k, c.top_p, self.tokenizer.eos_id, self.tokenizer.pad_id
         )
-        progress.close(f"{sum(map(len, sampled[name])):,} tokens")
-    width = sampling.prompt_width(prompts)
-    scorer = job.program(
-        "scorer",
-        sampling.make_scorer(policy.model, prompt_width=width, num_shards=shards, chunk=job.config.model.logps_chunk_tokens),
-        out_shardings=job.replicated,
-    )
-    score = functools.partial(
-        sampling.score_batches,
-        scorer,
-        prompts=prompts,
-        responses=sampled["policy"],
-        max_new_tokens=c.max_new_tokens,
-        **common,
-    )
-    texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
-    result = {"prompts": [tokenizer.decode(p) for p in prompts], "texts": texts, "ids": sampled}
-    result["prompt_texts"] = [g if isinstance(g, str) else tokenizer.decode(g) for g in
-                              (data.eval.text_group(r).prompt for r in rows)]  # fmt: skip
-    if (c.temperature, c.top_k, c.top_p) == (1.0, 0, 1.0):  # else the samples do not come from the policy itself
-        log_ratio = score(params) - score(reference.like(ref, params))
-        result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio)
-    return result
+        own = settings if self.from_the_policy else dataclasses.replace(settings, temperature=1.0, top_k=0, top_p=1.0)
+        make = lambda name, s: job.program(name, sampling.make_sampler(policy.model, s), out_shardings=job.replicated)
+        self.sampler = make("sampler", settings)
+        self.own_sampler = self.sampler if self.from_the_policy else make("kl_sampler", own)
+        scorer = sampling.make_scorer(
+            policy.model,
+            prompt_width=sampling.prompt_width(self.prompts),
+            num_shards=shards,
+            chunk=job.config.model.logps_chunk_tokens,
+        )
+        self.scorer = job.program("scorer", scorer, out_shardings=job.replicated)
+
+    @property
+    def from_the_policy(self) -> bool:
+        """Whether sample.* draws from the policy's own distribution, not from a filtered or sharpened one."""
+        c = self.job.config.sample
+        return (c.temperature, c.top_k, c.top_p) == (1.0, 0, 1.0)
+
+    def kl(self, params, ref) -> tuple[float, float]:
+        """On-policy KL(policy || reference) and its standard error, nats, over the first sample.kl_prompts prompts."""
+        width = sampling.prompt_width(self.prompts)
+        prompts = self.prompts[: self.job.config.sample.kl_prompts]
+        drawn, _ = sampling.generate(
+            self.own_sampler, params, prompts, seed=self.job.config.seed, width=width, progress=lambda n: None, **self.common
+        )
+        return winrate.mean_with_error(self._log_ratio(params, ref, prompts, drawn))
+
+    def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
+        score = functools.partial(
+            sampling.score_batches,
+            self.scorer,
+            prompts=prompts,
+            responses=responses,
+            width=sampling.prompt_width(self.prompts),
+            max_new_tokens=self.job.config.sample.max_new_tokens,
+            **self.common,
+        )
+        return score(params) - score(reference.like(ref, params))
+
+    def compare(self, params, ref) -> dict[str, Any]:
+        """Policy and reference answer the same prompts. `ref` may have another dtype and sharding than `params`."""
+        job, tokenizer, width = self.job, self.tokenizer, sampling.prompt_width(self.prompts)
+        sampled = {}
+        for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
+            progress = job.progress(f"sampling from the {name}", len(self.prompts), "prompts")
+            tree = reference.like(tree, params)
+            sampled[name], _ = sampling.generate(
+                self.sampler, tree, self.prompts, seed=seed, width=width, progress=progress, **self.common
+            )
+            progress.close(f"{sum(map(len, sampled[name])):,} tokens")
+        texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
+        result = {"prompts": [tokenizer.decode(p) for p in self.prompts], "texts": texts, "ids": sampled}
+        asked = (self.data.eval.text_group(row).prompt for row in self.rows)
+        result["prompt_texts"] = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked]
+        if self.from_the_policy:
+            log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
+            result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio.tolist())
+        return result
 
 
 def _distinct_prompts(data: Data, limit: int) -> tuple[list[int], list[list[int]]]:

@@ -16,12 +16,23 @@ Unembed = Callable[[Any, Array], Array]  # (head, hidden [..., D]) -> float32 lo
 
 
 class TokenScores(NamedTuple):
-    """What is known of every scored token. Only `logps` carries a gradient."""
+    """What is known of every scored token. Only `logps` and `kl` carry a gradient; what nobody asked for is None."""
 
     logps: Float[Array, "A T"]  # nats
+    kl: Float[Array, "A T"] | None  # KL(ref(.|prefix) || pi(.|prefix)) over the vocabulary, nats
+    ref_logps: Float[Array, "A T"] | None  # of the reference that `kl` was taken to, nats
+    log_sum_sq: Float[Array, "A T"] | None  # log sum_v pi(v|prefix)^2, for WPO
+    # the details; 0 where they were not wanted this time
     entropy: Float[Array, "A T"]  # of the next-token distribution, nats
     correct: Bool[Array, "A T"]  # the target is the most likely token
     mean_logit: Float[Array, "A T"]  # over the vocabulary, TRL's logits/*
+
+
+class Reference(NamedTuple):
+    """The reference's side of the same tokens, where its full distributions are needed."""
+
+    head: Any
+    hidden: Float[Array, "A U D"]
 
 
 def _is_target(target, vocab_size):
@@ -49,18 +60,20 @@ def _num_chunks(count, size):
     return (count + size - 1) // size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8, 9))
 def token_scores(
     unembed: Unembed,
     head: Any,
     hidden: Float[Array, "A U D"],
+    ref: Reference | None,
     predictor: Int[Array, "A T"],
     target: Int[Array, "A T"],
     count: Int[Array, ""],
     details: Bool[Array, ""],
     chunk: int,
+    squares: bool,
 ) -> TokenScores:
-    """log pi(target | prefix) of every scored token, in nats, and what is logged of it.
+    """log pi(target | prefix) of every scored token, in nats, and what else is wanted of it.
 
     The logits exist one chunk of tokens at a time, in both passes: the backward pass computes them
     anew and accumulates the head's gradient in float32. Work follows `count`, not T; the chunks past it are 0.
@@ -69,50 +82,67 @@ def token_scores(
       unembed: (head, hidden) -> float32 logits.
       head: parameters of `unembed`.
       hidden: final hidden states of a shard's rows, flattened.
+      ref: the reference's head and hidden states, for `kl`; it gets no gradient.
       predictor: which token's hidden state predicts each scored token.
       target: the scored token ids.
       count: most scored tokens in use in any shard; the rest is padding.
-      details: whether to compute more than `logps`; the other fields are 0 if not.
+      details: whether to compute the details; they are 0 if not.
       chunk: C, tokens per chunk and shard.
+      squares: whether to compute `log_sum_sq`.
     """
     target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
 
     def body(i, out):
-        y = _chunk(target, i, chunk)
-        logits = unembed(head, _gather(hidden, _chunk(predictor, i, chunk)))
+        y, index = _chunk(target, i, chunk), _chunk(predictor, i, chunk)
+        logits = unembed(head, _gather(hidden, index))
         lse, own = jax.nn.logsumexp(logits, axis=-1), _target_logit(logits, y)
         logps = own - lse
+        kl = ref_logps = log_sum_sq = None
+        if ref is not None:
+            ref_log_p = jax.nn.log_softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
+            kl = jnp.sum(jnp.exp(ref_log_p) * (ref_log_p - logits + lse[..., None]), axis=-1)
+            ref_logps = _target_logit(ref_log_p, y)
+        if squares:
+            log_sum_sq = jax.nn.logsumexp(2 * (logits - lse[..., None]), axis=-1)
 
         def describe():
             entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
-            return TokenScores(logps, entropy, own >= logits.max(axis=-1), logits.mean(axis=-1))
+            return entropy, own >= logits.max(axis=-1), logits.mean(axis=-1)
 
         zero = jnp.zeros_like(logps)
-        part = jax.lax.cond(details, describe, lambda: TokenScores(logps, zero, zero.astype(bool), zero))
+        described = jax.lax.cond(details, describe, lambda: (zero, zero.astype(bool), zero))
+        part = TokenScores(logps, kl, ref_logps, log_sum_sq, *described)
         return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * chunk, axis=1), out, part)
 
     zero = jnp.zeros(target.shape, jnp.float32)
-    start = TokenScores(zero, zero, jnp.zeros(target.shape, bool), zero)
+    asked = lambda wanted: zero if wanted else None
+    on = ref is not None
+    start = TokenScores(zero, asked(on), asked(on), asked(squares), zero, jnp.zeros(target.shape, bool), zero)
     out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, start)
     return jax.tree.map(lambda x: x[:, :size], out)
 
 
-def _token_scores_fwd(unembed, head, hidden, predictor, target, count, details, chunk):
-    scores = token_scores(unembed, head, hidden, predictor, target, count, details, chunk)
-    return scores, (head, hidden, predictor, target, count)
+def _token_scores_fwd(unembed, head, hidden, ref, predictor, target, count, details, chunk, squares):
+    scores = token_scores(unembed, head, hidden, ref, predictor, target, count, details, chunk, squares)
+    return scores, (head, hidden, ref, predictor, target, count)
 
 
-def _token_scores_bwd(unembed, chunk, residuals, cotangents):
-    head, hidden, predictor, target, count = residuals
+def _token_scores_bwd(unembed, chunk, squares, residuals, cotangents):
+    del squares
+    head, hidden, ref, predictor, target, count = residuals
     target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
+    kl_cotangent = None if ref is None else _pad(cotangents.kl, chunk)
     shard = jnp.arange(hidden.shape[0])[:, None]
 
     def body(i, carry):
         d_head, d_hidden = carry
         index, y, g = (_chunk(x, i, chunk) for x in (predictor, target, cotangent))
         logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        d_logits = (_is_target(y, logits.shape[-1]) - jnp.exp(logits - lse[..., None])) * g[..., None]
+        p = jax.nn.softmax(logits, axis=-1)
+        d_logits = (_is_target(y, logits.shape[-1]) - p) * g[..., None]
+        if ref is not None:
+            q = jax.nn.softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
+            d_logits = d_logits + (p - q) * _chunk(kl_cotangent, i, chunk)[..., None]
         d_head_chunk, d_hidden_chunk = pullback(d_logits)
         d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, d_head_chunk)
         return d_head, d_hidden.at[shard, index].add(d_hidden_chunk.astype(jnp.float32))
@@ -120,15 +150,16 @@ def _token_scores_bwd(unembed, chunk, residuals, cotangents):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head, hidden))
     d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
     d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
-    return d_head, d_hidden.astype(hidden.dtype), None, None, None, None
+    return d_head, d_hidden.astype(hidden.dtype), None, None, None, None, None
 
 
 token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
 
 
 def token_logps(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> Float[Array, "A T"]:
-    """`token_scores` without the details."""
-    scores: TokenScores = token_scores(unembed, head, hidden, predictor, target, count, jnp.asarray(False), chunk)
+    """`token_scores` without anything else."""
+    off = jnp.asarray(False)
+    scores: TokenScores = token_scores(unembed, head, hidden, None, predictor, target, count, off, chunk, False)
     return scores.logps
 
 

@@ -1,113 +1,369 @@
-"""Log-probs of pairs -> per-pair loss and rewards: pure functions, one per paper, that never reduce.
+"""Log-probs of pairs -> per-pair loss: pure functions, one per paper, that never reduce; and the table that names them.
 
 Notation, as in the papers: a = log pi(y_w|x) - log ref(y_w|x), b the same for y_l, h = a - b; all in
-nats. B pairs. A loss is minimised; the caller takes the mean over the pairs of the whole step.
+nats. B pairs. s = sigmoid, ls = log s. A loss is minimised; the caller takes the mean over the pairs of
+the whole step. `objectives.py` turns a name with its settings into a function of two models' log-probs.
 """
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 
 class PairLogps(NamedTuple):
-    """Log-probs of both responses of every pair under one model."""
+    """What one model says of both responses of every pair. Fields that no objective asked for are None."""
 
     chosen: Float[Array, "B"]  # log pi(y_w | x), nats
     rejected: Float[Array, "B"]  # log pi(y_l | x), nats
-    chosen_lengths: Int[Array, "B"]  # response tokens, EOS included
+    chosen_lengths: Int[Array, "B"]  # response tokens, EOS included, formatting tokens left out
     rejected_lengths: Int[Array, "B"]
+    chosen_head: Float[Array, "B"] | None = None  # the part of `chosen` up to token min(|y_w|, |y_l|)
+    rejected_head: Float[Array, "B"] | None = None
+    chosen_kl: Float[Array, "B"] | None = None  # sum over y_w's tokens of KL(ref(.|prefix) || pi(.|prefix)), nats
+    rejected_kl: Float[Array, "B"] | None = None
+    chosen_weight: Float[Array, "B"] | None = None  # WPO's w(y_w); no gradient
+    rejected_weight: Float[Array, "B"] | None = None
+
+    def swapped(self) -> "PairLogps":
+        """The same pairs with the labels reversed."""
+        return PairLogps._make(x for i in range(0, len(self), 2) for x in (self[i + 1], self[i]))
 
 
 class PairInfo(NamedTuple):
-    """What is known of a pair besides its log-probs; None where the data does not say."""
+    """What is known of a pair besides its log-probs; None where the data does not say.
+
+    Unpaired data (KTO) are pairs too: the labelled response stands as chosen, a mismatched one (another prompt's answer)
+    as rejected, and `soft_label` is the label, 1 or 0.
+    """
 
     weight: Float[Array, "B"] | None = None  # multiplies the pair's loss; 0 at padding
     soft_label: Float[Array, "B"] | None = None  # probability that the chosen one is the better one
     margin: Float[Array, "B"] | None = None  # score of chosen minus score of rejected
     mean_chosen_length: Float[Array, ""] | None = None  # of the whole step: sum of |y_w| / number of pairs
+    valid: Bool[Array, "B"] | None = None  # False at padding
+    shift: Float[Array, ""] | None = None  # running mean of the implicit rewards, for bco_pair_shift
 
 
-class LossOutput(NamedTuple):
-    """Per-pair results. The rewards are for logging and carry no gradient."""
+class Pairs(NamedTuple):
+    """B pairs as a loss sees them."""
 
-    loss: Float[Array, "B"]
-    chosen_rewards: Float[Array, "B"]  # beta log pi(y_w|x)/ref(y_w|x)
-    rejected_rewards: Float[Array, "B"]
+    a: Float[Array, "B"]  # log pi/ref of the chosen response, nats; f'(pi/ref) under an f-divergence; log pi without reference
+    b: Float[Array, "B"]  # of the rejected one
+    policy: PairLogps
+    ref: PairLogps | None  # without gradient
+    info: PairInfo
+
+    @property
+    def h(self) -> Float[Array, "B"]:
+        """The difference that DPO trains."""
+        return self.a - self.b
+
+    @property
+    def lengths(self) -> tuple[Array, Array]:
+        """|y_w| and |y_l|, at least 1."""
+        return jnp.maximum(self.policy.chosen_lengths, 1), jnp.maximum(self.policy.rejected_lengths, 1)
+
+    @property
+    def valid(self) -> Bool[Array, "B"]:
+        """False at padding."""
+        return jnp.ones(self.a.shape, bool) if self.info.valid is None else self.info.valid
 
 
-Loss = Callable[..., LossOutput]
+ls = jax.nn.log_sigmoid
 
 
-def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """(a, b): log pi/ref of the chosen and of the rejected response, nats."""
-    return policy.chosen - ref.chosen, policy.rejected - ref.rejected
+# --- differences of log-ratios ----------------------------------------------------------------------------------------
 
 
-def sigmoid_loss(policy: PairLogps, ref: PairLogps, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
-    """DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290): -log s(beta h).
+def sigmoid_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+    """DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290): -ls(beta h); its optimum is beta h = logit p.
 
     With label_smoothing e > 0 it is conservative DPO (Mitchell's cDPO note, Eq. 3), for labels that are
-    wrong with probability e: -(1 - e) log s(beta h) - e log s(-beta h); its optimum is beta h = logit(1 - e).
+    wrong with probability e: -(1 - e) ls(beta h) - e ls(-beta h); its optimum at p = 1 is beta h = logit(1 - e).
 
     Args:
-      policy, ref: log-probs of both responses. [B] each, nats.
+      x: the pairs; log-ratios in nats.
       beta: strength of the pull to the reference, > 0.
       label_smoothing: e, in [0, 0.5).
     Returns: per-pair loss, nats. [B]. The caller averages.
     """
-    a, b = log_ratios(policy, ref)
-    z = beta * (a - b)
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
+    z = beta * x.h
+    return -(1 - label_smoothing) * ls(z) - label_smoothing * ls(-z)
 
 
-def ipo_loss(policy: PairLogps, ref: PairLogps, *, beta: float, average: bool) -> Float[Array, "B"]:
+def robust_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+    """rDPO, Chowdhury et al. 2024 (arXiv:2403.00409): DPO's loss, unbiased under labels flipped with probability e.
+
+    [-(1 - e) ls(beta h) + e ls(-beta h)] / (1 - 2e); its optimum is that of the clean labels, beta h = logit p.
+    """
+    z, e = beta * x.h, label_smoothing
+    return (-(1 - e) * ls(z) + e * ls(-z)) / (1 - 2 * e)
+
+
+def hinge_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """Hinge: SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as in RSO (arXiv:2309.06657): relu(1 - beta h).
+
+    beta is RSO's gamma: the margin is 1 / beta nats.
+    """
+    return jax.nn.relu(1 - beta * x.h)
+
+
+def _square(x: Array) -> Array:
+    # An f-divergence may be as large as exp(80), whose square is no float32.
+    return jnp.square(jnp.clip(x, -1e19, 1e19))
+
+
+def ipo_loss(x: Pairs, *, beta: float, average: bool) -> Float[Array, "B"]:
     """IPO, Eq. 17 of Azar et al. 2023 (arXiv:2310.12036): (h - 1 / (2 beta))^2.
 
     Args:
-      policy, ref: log-probs of both responses. [B] each, nats.
       beta: the paper's tau, > 0; larger keeps the policy nearer the reference.
       average: divide each log-ratio by its response's length first (the authors' advice for language models).
-    Returns: per-pair loss, nats^2. [B]. The caller averages.
+    Returns: per-pair loss, nats^2. [B].
     """
-    a, b = log_ratios(policy, ref)
-    if average:
-        a = a / jnp.maximum(policy.chosen_lengths, 1)
-        b = b / jnp.maximum(policy.rejected_lengths, 1)
-    return jnp.square(a - b - 1 / (2 * beta))
+    (len_w, len_l) = x.lengths if average else (1, 1)
+    return _square(x.a / len_w - x.b / len_l - 1 / (2 * beta))
 
 
-def hinge_loss(policy: PairLogps, ref: PairLogps, *, beta: float) -> Float[Array, "B"]:
-    """Hinge: SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as in RSO (arXiv:2309.06657): relu(1 - beta h).
+def sigmoid_norm_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """Length-normalised DPO, Tulu 3 (Lambert et al. 2024, arXiv:2411.15124): -ls(beta (a / |y_w| - b / |y_l|))."""
+    len_w, len_l = x.lengths
+    return -ls(beta * (x.a / len_w - x.b / len_l))
 
-    Args:
-      policy, ref: log-probs of both responses. [B] each, nats.
-      beta: RSO's gamma, > 0: the margin is 1 / beta nats.
-    Returns: per-pair loss. [B]. The caller averages.
+
+def exo_pair_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+    """EXO, Eq. 16 of Ji et al. 2024 (arXiv:2402.00856): KL from the policy's preference to the smoothed label (1 - e, e).
+
+    s(z)[ls(z) - log(1 - e)] + s(-z)[ls(-z) - log e], z = beta h; e > 0.
     """
-    a, b = log_ratios(policy, ref)
-    return jax.nn.relu(1 - beta * (a - b))
+    z, e = beta * x.h, label_smoothing
+    return jax.nn.sigmoid(z) * (ls(z) - math.log1p(-e)) + jax.nn.sigmoid(-z) * (ls(-z) - math.log(e))
 
 
-def sft_loss(policy: PairLogps, info: PairInfo | None, *, normalize: str) -> Float[Array, "B"]:
-    """Negative log-likelihood of the chosen response, as an addition to a preference loss.
+def discopop_loss(x: Pairs, *, beta: float, tau: float) -> Float[Array, "B"]:
+    """DiscoPOP, Lu et al. 2024 (arXiv:2406.08414), Eq. 5: -ls(z)(1 - m) + exp(-z) m, z = beta h, m = s(z / tau).
+
+    Not convex: at p = 1 there is a local minimum of the wrong sign near z = -0.119 (tau 0.05).
+    """
+    z = beta * x.h
+    # exp(-z) alone overflows where m vanishes: the product is taken in the exponent.
+    return -ls(z) * jax.nn.sigmoid(-z / tau) + jnp.exp(-z + ls(z / tau))
+
+
+def dpop_loss(x: Pairs, *, beta: float, dpop_lambda: float) -> Float[Array, "B"]:
+    """DPO-Positive, Pal et al. 2024 (arXiv:2402.13228): -ls(beta (h - lambda max(0, -a))).
+
+    The penalty keeps the chosen response from becoming less likely than under the reference.
+    """
+    return -ls(beta * (x.h - dpop_lambda * jax.nn.relu(-x.a)))
+
+
+def r_dpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
+    """R-DPO, Park et al. 2024 (arXiv:2403.19159): -ls(beta h + alpha (|y_w| - |y_l|)).
+
+    It follows from r - alpha |y| in the KL-regularised objective; its optimum is beta h = logit p - alpha (|y_w| - |y_l|).
+    """
+    longer = x.policy.chosen_lengths - x.policy.rejected_lengths
+    return -ls(beta * x.h + alpha * longer)
+
+
+def odpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
+    """ODPO, Amini et al. 2024 (arXiv:2402.10571): -ls(beta h - alpha log(score_w - score_l)); the data brings the scores."""
+    assert x.info.margin is not None, "odpo needs the scores' margin"
+    offset = alpha * jnp.log(jnp.where(x.info.margin > 0, x.info.margin, 1.0))  # padding has no margin
+    return -ls(beta * x.h - offset)
+
+
+def ld_dpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
+    """LD-DPO, Liu et al. 2024 (arXiv:2409.06411): DPO on log-probs whose tail past min(|y_w|, |y_l|) counts alpha times."""
+    heads = (x.policy.chosen_head, x.policy.rejected_head)
+    assert x.ref is not None and heads[0] is not None, "ld_dpo needs the heads of both responses"
+    a_head, b_head = heads[0] - x.ref.chosen_head, heads[1] - x.ref.rejected_head
+    return -ls(beta * (a_head + alpha * (x.a - a_head) - b_head - alpha * (x.b - b_head)))
+
+
+def tdpo1_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """TDPO-1, Zeng et al. 2024 (arXiv:2404.11999): -ls(beta h - beta (K_l - K_w)).
+
+    K = sum over a response's tokens of KL(ref(.|prefix) || pi(.|prefix)), over the full vocabulary.
+    """
+    assert x.policy.chosen_kl is not None, "tdpo1 needs the token KL"
+    return -ls(beta * x.h - beta * (x.policy.rejected_kl - x.policy.chosen_kl))
+
+
+def tdpo2_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
+    """TDPO-2, Zeng et al. 2024 (arXiv:2404.11999): -ls(beta h - alpha beta (K_l - sg K_w)); sg = no gradient."""
+    assert x.policy.chosen_kl is not None, "tdpo2 needs the token KL"
+    return -ls(beta * x.h - alpha * beta * (x.policy.rejected_kl - jax.lax.stop_gradient(x.policy.chosen_kl)))
+
+
+# --- each response for itself -----------------------------------------------------------------------------------------
+
+
+def nca_pair_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """NCA, Chen et al. 2024 (arXiv:2402.05369): -ls(beta a) - ls(-beta a) / 2 - ls(-beta b) / 2."""
+    return -ls(beta * x.a) - 0.5 * ls(-beta * x.a) - 0.5 * ls(-beta * x.b)
+
+
+def bco_pair_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """BCO, Jung et al. 2024 (arXiv:2404.04656), without shift (as TRL): -ls(beta a) - ls(-beta b)."""
+    return -ls(beta * x.a) - ls(-beta * x.b)
+
+
+def bco_pair_shift_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """BCO, Jung et al. 2024 (arXiv:2404.04656): -ls(beta a - d) - ls(-(beta b - d)).
+
+    The shift d is the mean implicit reward of all responses so far, this whole step's included; no gradient.
+    """
+    d = 0.0 if x.info.shift is None else jax.lax.stop_gradient(x.info.shift)
+    return -ls(beta * x.a - d) - ls(d - beta * x.b)
+
+
+def sppo_hard_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """SPPO with hard labels, Wu et al. 2024 (arXiv:2405.00675), Eq. 4.7: (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2."""
+    return _square(x.a - 0.5 / beta) + _square(x.b + 0.5 / beta)
+
+
+def apo_zero_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """APO-zero, Eq. 7 of D'Oosterlinck et al. 2024 (arXiv:2408.06266): 1 - s(beta a) + s(beta b)."""
+    return jax.nn.sigmoid(-beta * x.a) + jax.nn.sigmoid(beta * x.b)
+
+
+def apo_down_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
+    """APO-down, Eq. 8 of D'Oosterlinck et al. 2024 (arXiv:2408.06266): s(beta a) + 1 - s(beta h)."""
+    return jax.nn.sigmoid(beta * x.a) + jax.nn.sigmoid(-beta * x.h)
+
+
+# --- coupled over the whole step --------------------------------------------------------------------------------------
+
+
+def _sort(values: Float[Array, "B"], valid: Bool[Array, "B"]) -> tuple[Array, Array]:
+    """(sorted values, rank of each value), padding last."""
+    order = jnp.argsort(jnp.where(valid, values, jnp.inf), stable=True)
+    return values[order], jnp.argsort(order, stable=True)
+
+
+def _smoothed(z: Array, e: float) -> Array:
+    return -(1 - e) * ls(z) - e * ls(-z)
+
+
+def aot_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+    """AOT, Melnyk et al. 2024 (arXiv:2406.05882): DPO between equal quantiles of the policy's and the reference's gaps.
+
+    Smoothed -ls of beta (sort(pi_w - pi_l) - sort(ref_w - ref_l)), sorted over the pairs of the whole step; a pair's loss
+    is that of its rank.
+    """
+    assert x.ref is not None
+    gap = x.policy.chosen - x.policy.rejected
+    ref_sorted, _ = _sort(x.ref.chosen - x.ref.rejected, x.valid)
+    _, rank = _sort(gap, x.valid)
+    return _smoothed(beta * (gap - ref_sorted[rank]), label_smoothing)
+
+
+def aot_unpaired_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+    """Unpaired AOT, Melnyk et al. 2024 (arXiv:2406.05882): smoothed -ls of beta (sort(a) - sort(b)) over the whole step.
+
+    The loss stands at the pair whose chosen response has the rank.
+    """
+    b_sorted, _ = _sort(x.b, x.valid)
+    _, rank = _sort(x.a, x.valid)
+    return _smoothed(beta * (x.a - b_sorted[rank]), label_smoothing)
+
+
+def kto_point(x: Pairs) -> Float[Array, ""]:
+    """KTO's reference point z0: max(0, mean log-ratio of the mismatched responses of the whole step), nats; no gradient."""
+    total = jnp.sum(jnp.where(x.valid, x.b, 0.0))
+    return jax.lax.stop_gradient(jnp.maximum(0.0, total / jnp.maximum(jnp.sum(x.valid), 1)))
+
+
+def kto_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Float[Array, "B"]:
+    """KTO, Eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306), on unpaired data; x.a belongs to the labelled response.
+
+    lambda_D (1 - s(beta (r - z0))) on desirable responses, lambda_U (1 - s(beta (z0 - r))) on undesirable ones, r = a.
+    """
+    z = beta * (x.a - kto_point(x))
+    return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
+
+
+def apo_zero_unpaired_loss(
+    x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Float[Array, "B"]:
+    """APO-zero (arXiv:2408.06266, Eq. 7) on unpaired data: 1 - s(beta r) on desirable responses, s(beta r) on others."""
+    z = beta * x.a
+    return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
+
+
+def _desirable(x: Pairs) -> Bool[Array, "B"]:
+    assert x.info.soft_label is not None, "unpaired data has a label per response"
+    return x.info.soft_label > 0.5
+
+
+# --- without a reference ----------------------------------------------------------------------------------------------
+
+
+def simpo_loss(x: Pairs, *, beta: float, gamma: float) -> Float[Array, "B"]:
+    """SimPO, Eq. 6 of Meng et al. 2024 (arXiv:2405.14734): -ls(beta (log pi_w / |y_w| - log pi_l / |y_l|) - gamma)."""
+    len_w, len_l = x.lengths
+    return -ls(beta * (x.policy.chosen / len_w - x.policy.rejected / len_l) - gamma)
+
+
+def _log_odds(x: Pairs) -> Float[Array, "B"]:
+    """log(odds(y_w) / odds(y_l)) with P = exp(mean log-prob)."""
+    largest = -jnp.finfo(x.policy.chosen.dtype).eps  # a response of probability 1 has infinite odds
+    means = [jnp.minimum(v / n, largest) for v, n in zip(x.policy[:2], x.lengths, strict=True)]
+    w, l = (m - jnp.log(-jnp.expm1(m)) for m in means)
+    return w - l
+
+
+def orpo_loss(x: Pairs, *, orpo_lambda: float) -> Float[Array, "B"]:
+    """ORPO, Hong et al. 2024 (arXiv:2403.07691), Eq. 3-7: NLL(y_w) per token - lambda ls(log odds_w - log odds_l)."""
+    return sft_loss(x, sft_normalize="pair") - orpo_lambda * ls(_log_odds(x))
+
+
+def cpo_loss(x: Pairs, *, beta: float, alpha: float, sft_normalize: str) -> Float[Array, "B"]:
+    """CPO, Xu et al. 2024 (arXiv:2401.08417): -ls(beta (log pi_w - log pi_l)) + alpha NLL(y_w)."""
+    nll = sft_loss(x, sft_normalize=sft_normalize)
+    return -ls(beta * (x.policy.chosen - x.policy.rejected)) + alpha * nll
+
+
+def sft_loss(x: Pairs, *, sft_normalize: str) -> Float[Array, "B"]:
+    """Negative log-likelihood of the chosen response, alone or as an addition to a preference loss.
 
     "token" (Llama 3, arXiv:2407.21783): -log pi(y_w) / mean |y_w|, whose mean over the pairs is the mean over
     the chosen tokens of the whole step. "pair" (RPO, arXiv:2404.19733): -log pi(y_w) / |y_w|.
 
     Returns: nats per token. [B].
     """
-    if normalize == "pair":
-        return -policy.chosen / jnp.maximum(policy.chosen_lengths, 1)
-    mean_length = None if info is None else info.mean_chosen_length
+    if sft_normalize == "pair":
+        return -x.policy.chosen / x.lengths[0]
+    mean_length = x.info.mean_chosen_length
     if mean_length is None:
-        mean_length = jnp.mean(policy.chosen_lengths.astype(policy.chosen.dtype))
-    return -policy.chosen / mean_length
+        mean_length = jnp.mean(x.policy.chosen_lengths.astype(x.policy.chosen.dtype))
+    return -x.policy.chosen / mean_length
+
+
+# --- f-divergences ----------------------------------------------------------------------------------------------------
+
+LARGEST_EXPONENT = 80.0  # exp of it is a float32; TRL clamps the alpha divergence there
+
+
+def _exp(x: Array) -> Array:
+    return jnp.exp(jnp.minimum(x, LARGEST_EXPONENT))
+
+
+# f'(u) as a function of log u, u = pi/ref, minus its value at u = 1 (Wang et al. 2023, arXiv:2309.16240).
+F_DIVERGENCES: dict[str, Callable[[Array, float], Array]] = {
+    "reverse_kl": lambda x, c: x,
+    "forward_kl": lambda x, c: 1 - _exp(-x),
+    "js": lambda x, c: math.log(2) + ls(x),
+    "alpha": lambda x, c: x if abs(c - 1) < 1e-6 else (_exp((c - 1) * x) - 1) / (c - 1),
+}
 
 
 def dpo_gradient(policy: PairLogps, ref: PairLogps, *, beta: float) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
@@ -118,100 +374,159 @@ def dpo_gradient(policy: PairLogps, ref: PairLogps, *, beta: float) -> tuple[Flo
 
     Returns: (-w, +w) with w = beta s(r_l - r_w). [B] each.
     """
-    a, b = log_ratios(policy, ref)
+    a, b = policy.chosen - ref.chosen, policy.rejected - ref.rejected
     weight = beta * jax.nn.sigmoid(beta * b - beta * a)
     return -weight, weight
 
 
+# --- the table --------------------------------------------------------------------------------------------------------
+
+Settings = Mapping[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A row of the table below: a loss function; its keyword arguments are its settings."""
+    """A row of the table below: a loss function, whose keyword arguments are its settings, and what it needs."""
 
     function: Callable[..., Float[Array, "B"]]
-    closed_form: Callable[..., float]  # settings -> the value at policy == reference
+    # (pairs in numpy, settings) -> its value where policy == reference, [B] or a number; None: not known in closed form
+    at_reference: Callable[[Any, Settings], Any] | None = None
+    margin: Callable[[Pairs, Settings], Array] = lambda x, s: x.h  # what it trains upwards; its sign is its accuracy
+    data: str = "pairs"  # or "unpaired"
+    reference: str = "any"  # "none": not used; "live": its full distributions; "moving": ref <- alpha pi + (1 - alpha) ref
+    needs: tuple[str, ...] = ()  # of "head", "kl", "mismatched", "shift", "scores"
+    coupled: bool = False  # over the pairs of the whole step
+    f_divergence: bool = False  # a function of a and b alone, in which f'(u) may stand for log u
+    # name of a setting -> (test, what it must be), where that is more than objectives.RANGES asks
+    ranges: Mapping[str, tuple[Callable[[Any], bool], str]] = dataclasses.field(default_factory=dict)
+
+
+LOG2 = math.log(2)
+
+
+def _softplus(x):
+    return np.logaddexp(0.0, x)
+
+
+def _gap(x, normalised: bool):
+    """log pi_w - log pi_l of pairs in numpy; per token if `normalised`."""
+    len_w, len_l = (np.maximum(x.policy[i], 1) if normalised else 1 for i in (2, 3))
+    return x.policy.chosen / len_w - x.policy.rejected / len_l
+
+
+def _nll(x, normalize: str):
+    lengths = np.maximum(x.policy.chosen_lengths, 1)
+    if normalize == "token":
+        lengths = x.info.mean_chosen_length
+    return -x.policy.chosen / lengths
+
+
+def _orpo_at(x, s: Settings):
+    odds = []
+    for logps, lengths in zip(x.policy[:2], x.policy[2:4], strict=True):
+        p = np.exp(logps / np.maximum(lengths, 1))
+        odds.append(p / (1 - p))
+    return _nll(x, "pair") + s["orpo_lambda"] * np.log1p(odds[1] / odds[0])
+
+
+def _unpaired_at(x, s: Settings):
+    return 0.5 * np.where(x.info.soft_label > 0.5, s["desirable_weight"], s["undesirable_weight"])
+
+
+def _normalised(x: Pairs, s: Settings) -> Array:
+    len_w, len_l = x.lengths if s.get("average", True) else (1, 1)
+    return x.a / len_w - x.b / len_l
+
+
+def _ld_margin(x: Pairs, s: Settings) -> Array:
+    assert x.ref is not None and x.policy.chosen_head is not None
+    head = x.policy.chosen_head - x.ref.chosen_head - x.policy.rejected_head + x.ref.rejected_head
+    return head + s["alpha"] * (x.h - head)
+
+
+def _simpo_margin(x: Pairs, s: Settings) -> Array:
+    len_w, len_l = x.lengths
+    return x.policy.chosen / len_w - x.policy.rejected / len_l
+
+
+def _r_dpo_margin(x: Pairs, s: Settings) -> Array:
+    return s["beta"] * x.h + s["alpha"] * (x.policy.chosen_lengths - x.policy.rejected_lengths)
+
+
+def _sides(point: Callable[[Pairs], Any]) -> Callable[[Pairs, Settings], Array]:
+    return lambda x, s: jnp.where(_desirable(x), x.a - point(x), point(x) - x.a)
+
+
+_HALF_OPEN = (lambda v: 0 < v < 0.5, "in (0, 0.5)")
+_SHARE = (lambda v: 0 < v <= 1, "in (0, 1]")
+_MOVING = {"alpha": _SHARE, "tau": (lambda v: v >= 1 and float(v).is_integer(), "a whole number of steps, at least 1")}
+
+
+def moving(function: Callable[..., Any], at_reference, **row: Any) -> Objective:
+    """The row of TR-DPO's variant of `function` (Gorbatovski et al. 2024, arXiv:2404.09656).
+
+    Every tau steps ref <- alpha pi + (1 - alpha) ref; alpha = 1 replaces it ("hard"). The step does that, not the loss.
+    """
+    return Objective(function, at_reference, reference="moving", ranges=_MOVING, **row)
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(sigmoid_loss, lambda beta, label_smoothing: math.log(2)),
-    "ipo": Objective(ipo_loss, lambda beta, average: 1 / (4 * beta**2)),
-    "hinge": Objective(hinge_loss, lambda beta: 1.0),
-}
-
-# What an unset setting means. Only neutral values: they leave the paper's equation as it stands.
-NEUTRAL = {"label_smoothing": 0.0, "average": True, "sft_weight": 0.0, "sft_normalize": "token"}
-
-# Valid ranges, checked when the loss is made: name -> (test, what it must be).
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "beta": (lambda v: math.isfinite(v) and v > 0, "a finite number > 0"),
-    "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
-    "average": (lambda v: isinstance(v, bool), "True or False"),
-    "sft_weight": (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0"),
-    "sft_normalize": (lambda v: v in ("token", "pair"), "'token' or 'pair'"),
-}
-
-COMMON = ("sft_weight", "sft_normalize")  # settings that every objective takes
-
-
-def objective_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The full settings of objective `name`: unset ones at their neutral value.
-
-    Raises: ValueError for an unknown name, a setting that the objective does not take, one out of range,
-      or one missing that has no neutral value (beta).
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(f"loss.name is {name!r}; it must be one of {', '.join(OBJECTIVES)}")
-    parameters = inspect.signature(OBJECTIVES[name].function).parameters.values()
-    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] + list(COMMON)
-    full = {key: NEUTRAL[key] for key in takes if key in NEUTRAL}
-    for key, value in settings.items():
-        if value is None:
-            continue
-        if key not in takes:
-            raise ValueError(f"loss.{key} is {value!r}, but {name} takes only {', '.join(takes)}; leave it unset")
-        test, must = RANGES[key]
-        try:
-            valid = test(value)
-        except TypeError:
-            valid = False
-        if not valid:
-            raise ValueError(f"loss.{key} is {value!r}; it must be {must}")
-        full[key] = value
-    missing = [key for key in takes if key not in full]
-    if missing:
-        raise ValueError(f"loss.{missing[0]} is not set; {name} needs it")
-    return full
-
-
-def make_loss(name: str, **settings) -> Loss:
-    """The objective `name` as a pure function (policy, ref, info=None) -> LossOutput.
-
-    Args:
-      name: a key of OBJECTIVES.
-      **settings: its settings; None means unset. `sft_weight` adds that much of `sft_loss`.
-    Returns: a function of two PairLogps (policy and ref) and a PairInfo or None.
-    Raises: ValueError as `objective_settings`.
-    """
-    full = objective_settings(name, settings)
-    sft_weight, sft_normalize = full.pop("sft_weight"), full.pop("sft_normalize")
-    function = OBJECTIVES[name].function
-
-    def loss(policy: PairLogps, ref: PairLogps, info: PairInfo | None = None) -> LossOutput:
-        ref = jax.lax.stop_gradient(ref)  # the one place where the reference is cut off
-        value = function(policy, ref, **full)
-        if info is not None and info.soft_label is not None:
-            swapped = [PairLogps(x.rejected, x.chosen, x.rejected_lengths, x.chosen_lengths) for x in (policy, ref)]
-            value = info.soft_label * value + (1 - info.soft_label) * function(*swapped, **full)
-        if sft_weight:
-            value = value + sft_weight * sft_loss(policy, info, normalize=sft_normalize)
-        if info is not None and info.weight is not None:
-            value = value * info.weight
-        a, b = jax.lax.stop_gradient(log_ratios(policy, ref))
-        return LossOutput(value, full["beta"] * a, full["beta"] * b)
-
-    return loss
-
-
-def closed_form(name: str, **settings) -> float:
-    """The objective's value at policy == reference, without its SFT term: log 2 for DPO."""
-    full = objective_settings(name, settings)
-    return OBJECTIVES[name].closed_form(**{k: v for k, v in full.items() if k not in COMMON})
+    "sigmoid": Objective(sigmoid_loss, lambda x, s: LOG2, f_divergence=True),
+    "robust": Objective(robust_loss, lambda x, s: LOG2, f_divergence=True),
+    "hinge": Objective(hinge_loss, lambda x, s: 1.0, f_divergence=True),
+    "ipo": Objective(ipo_loss, lambda x, s: 1 / (4 * s["beta"] ** 2), _normalised, f_divergence=True),
+    "sigmoid_norm": Objective(sigmoid_norm_loss, lambda x, s: LOG2, _normalised, f_divergence=True),
+    "exo_pair": Objective(
+        exo_pair_loss,
+        lambda x, s: -LOG2 - 0.5 * math.log(s["label_smoothing"] * (1 - s["label_smoothing"])),
+        f_divergence=True,
+        ranges={"label_smoothing": _HALF_OPEN},
+    ),
+    "nca_pair": Objective(nca_pair_loss, lambda x, s: 2 * LOG2),
+    "bco_pair": Objective(bco_pair_loss, lambda x, s: 2 * LOG2),
+    "bco_pair_shift": Objective(bco_pair_shift_loss, lambda x, s: 2 * LOG2, needs=("shift",), coupled=True),
+    "sppo_hard": Objective(sppo_hard_loss, lambda x, s: 1 / (2 * s["beta"] ** 2)),
+    "aot": Objective(aot_loss, lambda x, s: LOG2, coupled=True),
+    "aot_unpaired": Objective(aot_unpaired_loss, lambda x, s: LOG2, coupled=True),
+    "apo_zero": Objective(apo_zero_loss, lambda x, s: 1.0),
+    "apo_down": Objective(apo_down_loss, lambda x, s: 1.0),
+    "discopop": Objective(discopop_loss, lambda x, s: 0.5 * LOG2 + 0.5, f_divergence=True, ranges={"tau": _SHARE}),
+    "dpop": Objective(dpop_loss, lambda x, s: LOG2, f_divergence=True),
+    "r_dpo": Objective(
+        r_dpo_loss,
+        lambda x, s: _softplus(-s["alpha"] * (x.policy.chosen_lengths - x.policy.rejected_lengths)),
+        _r_dpo_margin,
+        f_divergence=True,
+    ),
+    "odpo": Objective(
+        odpo_loss, lambda x, s: _softplus(s["alpha"] * np.log(x.info.margin)), needs=("scores",), f_divergence=True
+    ),
+    "ld_dpo": Objective(ld_dpo_loss, lambda x, s: LOG2, _ld_margin, needs=("head",), ranges={"alpha": _SHARE}),
+    "tdpo1": Objective(tdpo1_loss, lambda x, s: LOG2, reference="live", needs=("kl",)),
+    "tdpo2": Objective(tdpo2_loss, lambda x, s: LOG2, reference="live", needs=("kl",)),
+    "simpo": Objective(
+        simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), _simpo_margin, reference="none"
+    ),
+    "orpo": Objective(orpo_loss, _orpo_at, lambda x, s: _log_odds(x), reference="none"),
+    "cpo": Objective(
+        cpo_loss,
+        lambda x, s: _softplus(-s["beta"] * _gap(x, False)) + s["alpha"] * _nll(x, s["sft_normalize"]),
+        lambda x, s: x.policy.chosen - x.policy.rejected,
+        reference="none",
+    ),
+    "sft": Objective(
+        sft_loss,
+        lambda x, s: _nll(x, s["sft_normalize"]),
+        lambda x, s: x.policy.chosen - x.policy.rejected,
+        reference="none",
+    ),
+    "kto": Objective(
+        kto_loss, _unpaired_at, _sides(kto_point), data="unpaired", needs=("mismatched",), coupled=True
+    ),
+    "apo_zero_unpaired": Objective(apo_zero_unpaired_loss, _unpaired_at, _sides(lambda x: 0.0), data="unpaired"),
+    "tr_dpo": moving(sigmoid_loss, lambda x, s: LOG2, f_divergence=True),
+    "tr_ipo": moving(ipo_loss, lambda x, s: 1 / (4 * s["beta"] ** 2), margin=_normalised, f_divergence=True),
+    "tr_kto": moving(
+        kto_loss, _unpaired_at, margin=_sides(kto_point), data="unpaired", needs=("mismatched",), coupled=True
+    ),
+}  # fmt: skip

@@ -79,6 +79,15 @@ def open_policy(job: Job, data: Data) -> Policy:
     return Policy(model, config, abstract, shardings, source)
 
 
+def reference_layout(job: Job, policy: Policy) -> tuple[Any, Any]:
+    """(ShapeDtypeStructs, shardings) of a reference's own tree: reference.dtype and reference.rules."""
+    c = job.config
+    dtype = jnp.dtype(c.reference.dtype or c.model.param_dtype)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), policy.abstract)
+    rules = c.reference.rules or c.mesh.rules
+    return abstract, sharding.param_shardings(policy.abstract, policy.model.axes, job.mesh, rules)
+
+
 def initial_params(job: Job, policy: Policy) -> Any:
     """The policy's parameters before any training of this run, in their shardings."""
     dtype = jnp.dtype(job.config.model.param_dtype)

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax import sharding
 from dpojax.checkpoint import digest
+from dpojax.config import Config
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape, by_response, plan_step
 from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.datasets import Data
 from dpojax.errors import DataError, NumericsError
 from dpojax.job import Job, everywhere
-from dpojax.policy import Policy
+from dpojax.policy import Policy, reference_layout
 from dpojax.selfcheck import LAYOUT_BOUND
 from dpojax.stages import packer
 from dpojax.train import make_token_logps_step
@@ -37,9 +37,15 @@ def make_live(params: Any, shardings: Any, dtype: Any) -> Any:
 
 def open_live(job: Job, policy: Policy, params: Any) -> Any:
     """The live reference tree from the policy's parameters before DPO: reference.rules and reference.dtype."""
-    c = job.config
-    shardings = sharding.param_shardings(policy.abstract, policy.model.axes, job.mesh, c.reference.rules or c.mesh.rules)
-    return make_live(params, shardings, jnp.dtype(c.reference.dtype or c.model.param_dtype))
+    abstract, shardings = reference_layout(job, policy)
+    return make_live(params, shardings, jax.tree.leaves(abstract)[0].dtype)
+
+
+def resolved_mode(config: Config) -> str:
+    """reference.mode: live, cached or none; auto is none where the objective takes no reference."""
+    if config.reference.mode != "auto":
+        return config.reference.mode
+    return "live" if config.loss.make().uses_reference else "none"
 
 
 def like(tree: Any, params: Any) -> Any:
@@ -111,7 +117,8 @@ def open_caches(
     model, precision = dataclasses.asdict(policy.config), [c.model.dtype, c.reference.dtype or c.model.param_dtype]
 
     def open_one(name: str, dataset: Dataset, index: Index) -> ReferenceCache:
-        key = digest([1, sorted(weights.items()), model, dataset.fingerprint(), precision])
+        other = [] if index.mismatched is None else [hashlib.sha256(index.mismatched.tobytes()).hexdigest()]
+        key = digest([1, sorted(weights.items()), model, dataset.fingerprint(), precision, *other])
         path = job.workdir / "cache" / f"reference-{name}-{key}.npy"
         run = functools.partial(compute, packer(job, dataset, index, shape), token_logps, num_groups=groups)
         values = load(path, index)

@@ -17,7 +17,6 @@ from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
 from dpojax.datasets import Data, open_data
 from dpojax.job import Job, Stop
-from dpojax.losses import make_loss
 from dpojax.metrics import MetricsLog, duration, say
 from dpojax.models import hf
 from dpojax.models.table import num_params
@@ -34,7 +33,7 @@ from dpojax.stages import (
     train_program,
     train_stage,
 )
-from dpojax.train import TrainState, make_eval_step, preference_sums
+from dpojax.train import TrainState, make_eval_step, preference_gradients
 
 
 def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
@@ -58,7 +57,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
 
     params = params_before_dpo(job, data, policy)
     weights = checkpoint.checksums(params)
-    ref = reference.open_live(job, policy, params)
+    mode, moving = reference.resolved_mode(config), config.loss.make().moving
+    ref = None if mode == "none" else reference.open_live(job, policy, params)
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, [data.train_index, data.eval_index], groups)
     job.say(
@@ -67,14 +67,17 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     )
     check = _self_check(job, data, policy, params, ref, shape)
     caches: tuple[Any, Any] = (None, None)
-    if config.reference.mode == "cached":
+    if mode == "cached":
         caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
-    evaluation = _Evaluation(job, data, policy, ref, packer(job, data.eval, data.eval_index, shape, caches[1]), groups)
+    sampler = evaluate.Sampling(job, data, policy) if config.sample.num_prompts and data.tokenizer is not None else None
+    eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
+    evaluation = _Evaluation(job, policy, None if moving else ref, eval_pack, groups, sampler)
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
     stage, optimizer = _dpo_stage(job, data, policy, weights, batch_stream(job, train_pack, groups, config.num_steps), groups)
     stage.evaluate = evaluation
-    state = start_state(job, stage, params, optimizer, policy)
+    state = start_state(job, stage, params, optimizer, policy, moving_ref=ref if moving else None)
     del params  # the state has taken their memory
+    ref = None if moving else ref
     start = int(state.step)
     job.log.rewind(sft_step=10**12, step=start if start else -1)
     state = train_stage(job, stage, state, ref)
@@ -83,10 +86,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
         evaluation(int(state.step), state, log=False)
 
     samples = None
-    if config.sample.num_prompts and data.tokenizer is not None:
-        # A cached reference gave up its parameters during training.
-        ref = params_before_dpo(job, data, policy) if ref is None else ref
-        samples = evaluate.generate_samples(job, data, policy, state.params, ref)
+    if sampler is not None:
+        # A cached or moving reference gave up its first parameters during training.
+        samples = sampler.compare(state.params, params_before_dpo(job, data, policy) if ref is None else ref)
     if config.export:
         _export(job, data, policy, state.params)
     summary = {
@@ -113,47 +115,57 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
 class _Evaluation:
     """(step, state) -> metrics of the held-out pairs, logged; remembers the last ones."""
 
-    def __init__(self, job: Job, data: Data, policy: Policy, ref: Any, pack, groups: int):
+    def __init__(self, job: Job, policy: Policy, ref: Any, pack, groups: int, sampler: evaluate.Sampling | None):
         self.job, self.ref, self.pack, self.groups = job, ref, pack, groups
-        loss = make_loss(job.config.loss.name, **job.config.loss.settings())
-        step = make_eval_step(policy.model, loss, chunk=job.config.model.logps_chunk_tokens)
+        self.sampler = sampler if job.config.sample.kl_prompts else None
+        self.loss = job.config.loss.make()
+        step = make_eval_step(policy.model, self.loss, chunk=job.config.model.logps_chunk_tokens)
         self.program = job.program("eval_step", step, out_shardings=job.replicated)
         self.results: Any = None
         self.scalars: dict[str, float] = {}
 
     def __call__(self, step: int, state: TrainState, *, log: bool = True) -> None:
-        self.results = evaluate.evaluate_pairs(self.job, self.program, state.params, self.ref, self.pack, self.groups)
-        self.scalars = evaluate.eval_scalars(self.results)
+        ref = self.ref if state.ref is None else state.ref
+        self.results = evaluate.evaluate_pairs(
+            self.job, self.program, state.params, ref, state.reward_mean, self.pack, self.groups
+        )
+        self.scalars = evaluate.eval_scalars(self.results, unpaired=self.loss.unpaired)
+        kl = ""
+        if self.sampler is not None and ref is not None:
+            value, error = self.sampler.kl(state.params, ref)
+            self.scalars |= {"eval_kl": value, "eval_kl_standard_error": error}
+            kl = f"  KL {value:.2f} ± {error:.2f}"
         if log:
             self.job.log.write(step, self.scalars)
         self.job.say(
             f"eval {step}  loss {self.scalars['eval_loss']:.4f}  accuracy {self.scalars['eval_rewards/accuracies']:.3f}  "
-            f"margin {self.scalars['eval_rewards/margins']:+.3f}  on {len(self.results.loss)} held-out pairs"
+            f"margin {self.scalars['eval_rewards/margins']:+.3f}{kl}  on {len(self.results.loss)} held-out "
+            f"{'responses' if self.loss.unpaired else 'pairs'}"
         )
 
 
 def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: int) -> tuple[Stage, Any]:
     """The preference stage and its optimizer."""
     c = job.config
-    loss = make_loss(c.loss.name, **c.loss.settings())
+    loss = c.loss.make()
     schedule = make_schedule(
         c.optim.schedule, learning_rate=c.optim.learning_rate, warmup_steps=c.optim.warmup_steps, num_steps=c.num_steps
     )
     optimizer = make_optimizer(c.optim, schedule, policy.model.axes)
-    sums = functools.partial(preference_sums, policy.model, loss, c.model.logps_chunk_tokens)
+    gradients = preference_gradients(policy.model, loss, chunk=c.model.logps_chunk_tokens)
     prints = fingerprints(
         job,
         data.train,
         policy,
         reference={"weights": checkpoint.digest(weights), "dtype": c.reference.dtype or c.model.param_dtype},
-        loss=dataclasses.asdict(c.loss),
+        loss={**dataclasses.asdict(c.loss), "source": loss.source},
         batch={"batch_size": c.batch_size, "batch_groups": c.batch_groups},
     )
     stage = Stage(
         name="DPO",
         prefix="",
         num_steps=c.num_steps,
-        step_program=train_program(job, "dpo_step", policy, optimizer, sums, lambda b: b.num_pairs, lambda b: b.row_id),
+        step_program=train_program(job, "dpo_step", policy, optimizer, gradients, moving=loss.moving),
         batches=batches,
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep),
@@ -206,15 +218,17 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
         params,
         ref,
         packer(job, data.train, data.train_index, shape),
-        c.loss,
+        c.loss.make(),
         dtype="bfloat16" if bf16 else "float32",
         num_shards=sharding.num_shards(job.mesh),
         put=job.put,
         program=job.program,
     )
+    closed = "no closed form" if found.expected is None else f"= {found.expected:.6f}"
     job.say(
-        f"self-check: loss {found.loss:.6f} = {found.expected:.6f} at policy == reference; log-ratios within "
-        f"{found.worst_ratio:.0e} of the log-probs; layouts within {found.worst_layout:.0e} nats ({duration(time.monotonic() - start)})"
+        f"self-check: loss {found.loss:.6f} {closed} at policy == reference; noise floor of the log-ratios {found.noise_nats:.0e} nats, "
+        f"{found.worst_ratio:.0e} of the log-probs; order, padding, micro-batches and layout move a token by {found.worst_layout:.0e} "
+        f"nats ({duration(time.monotonic() - start)})"
     )
     return found
 

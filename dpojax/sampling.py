@@ -109,6 +109,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     seed: int,
+    width: int,
     batch_size: int,
     pad_id: int,
     put: Callable[[np.ndarray], Array],
@@ -121,11 +122,11 @@ def generate(
       sampler: jitted result of `make_sampler`.
       prompts: token ids.
       seed: prompt i is sampled with the key fold_in(key(seed), i).
+      width: that prompts are padded to, at least `prompt_width` of them.
       put, fetch: host array to devices and back.
       progress: called with the number of prompts done.
     Returns: the responses' ids (EOS included where they ended) and log pi of each response, nats.
     """
-    width = prompt_width(prompts)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     key_data = np.asarray(jax.random.key_data(keys))
     responses: list[list[int]] = []
@@ -177,6 +178,7 @@ def score_batches(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
+    width: int,
     batch_size: int,
     max_new_tokens: int,
     pad_id: int,
@@ -184,7 +186,6 @@ def score_batches(
     fetch: Callable[[Array], np.ndarray],
 ) -> np.ndarray:
     """log pi(response | prompt) of every prompt under `params`, in batches of one shape. nats."""
-    width = prompt_width(prompts)
     sums: list[float] = []
     for start in range(0, len(prompts), batch_size):
         chosen = [min(i, len(prompts) - 1) for i in range(start, start + batch_size)]

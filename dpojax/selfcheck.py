@@ -1,33 +1,92 @@
-"""At start-up: does this very run compute DPO? A few real triples, through the real model and both layouts."""
+"""At start-up: does this very run compute its objective? A few real groups, through the real model, in three arrangements."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dpojax.config import LossConfig
-from dpojax.data.packing import PackedBatch, by_response, plan_step
+from dpojax.data.packing import PackedBatch, PackShape, Segment, StepPlan, by_response, pack_step, plan_step
 from dpojax.data.pipeline import PackGroups, make_shape
 from dpojax.errors import NumericsError
-from dpojax.losses import closed_form, make_loss
+from dpojax.losses import PairInfo, PairLogps
 from dpojax.models import Model
-from dpojax.train import make_eval_step, make_token_logps_step
+from dpojax.objectives import Loss
+from dpojax.train import PairResults, step_pairs, step_results, step_scores
 
 # |log-ratio| over the sum of |token log-probs| of a response, where policy == reference.
 RATIO_BOUND = {"float32": 1e-6, "bfloat16": 1e-2}
 # Largest difference of a token's log-prob between the layouts, nats.
 LAYOUT_BOUND = {"float32": 2e-5, "bfloat16": 0.25}
+# Relative difference of the mean loss from its closed form.
+LOSS_BOUND = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 class CheckResult(NamedTuple):
     """What was measured."""
 
     loss: float
-    expected: float
+    expected: float | None  # None: the objective has no closed form at policy == reference
     worst_ratio: float  # |log-ratio| / sum |token log-probs|
-    worst_layout: float  # nats
+    noise_nats: float  # the largest |log-ratio|: what differs between two computations of the same thing
+    worst_layout: float  # nats, of a token's log-prob between the arrangements
+    worst_loss: float  # of a pair's loss between the arrangements, over what the noise explains (bound 1)
+
+
+class _Arrangement(NamedTuple):
+    """One way to lay the same groups out."""
+
+    plan: StepPlan
+    shape: PackShape
+    junk: bool  # other token ids at padding
+
+
+def _arrangements(prompts: list[int], responses: list[list[int]], packed: PackShape, separate: PackShape) -> dict[str, _Arrangement]:
+    """Packed together; in reverse order, a micro-batch each, with other padding; and one padded row per response."""
+    count, shards = len(prompts), packed.num_shards
+    cells: list[list[list[list[Segment]]]] = [[[] for _ in range(shards)] for _ in range(count)]
+    for i, g in enumerate(reversed(range(count))):
+        cells[i][i % shards] = [[Segment(g, tuple(range(len(responses[g]))))]]
+    together = plan_step(prompts, responses, packed)
+    return {
+        "packed": _Arrangement(together, packed, False),
+        "split": _Arrangement(StepPlan(cells, count, together.ideal_tokens), packed, True),
+        "separate": _Arrangement(plan_step(prompts, responses, separate), separate, False),
+    }
+
+
+def _pack(pack: PackGroups, arrangement: _Arrangement, prompts, responses, *, unpaired: bool) -> PackedBatch:
+    """The batch of an arrangement. The closed form is that of one pair: weights and soft labels are left out."""
+    groups = [pack.token_group(i) for i in range(len(prompts))]
+    batch = pack_step(
+        arrangement.plan,
+        arrangement.shape,
+        lambda g: groups[g],
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        counted_lengths=[pack.index.counted(i) for i in range(len(prompts))],
+        pairs=[pack.index.pairs(i) for i in range(len(prompts))],
+        shards=pack.shards,
+        pad_id=pack.pad_id,
+        with_ref=False,
+    )
+    if arrangement.junk:
+        ids = np.concatenate([g.prompt for g in groups])  # any other tokens
+        noise = np.resize(ids, batch.tokens.shape)
+        batch = batch._replace(tokens=np.where(batch.group == 0, noise, batch.tokens))
+    ones = np.ones_like(batch.pair_weight)
+    return batch._replace(pair_weight=ones, soft_label=batch.soft_label if unpaired else ones)
+
+
+def _by_row(results: PairResults) -> dict[tuple[int, int], tuple[float, float]]:
+    """(row, number of the pair in it) -> loss and |d loss / d log-prob|: comparable between arrangements."""
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    numbers: dict[int, int] = {}
+    used = results.row_id >= 0
+    for row, loss, pull in zip(results.row_id[used].tolist(), results.loss[used], results.pull[used], strict=True):
+        numbers[row] = numbers.get(row, -1) + 1
+        found[row, numbers[row]] = float(loss), abs(float(pull))
+    return found
 
 
 def self_check(
@@ -35,66 +94,108 @@ def self_check(
     params,
     ref_params,
     pack: PackGroups,
-    loss: LossConfig,
+    loss: Loss,
     *,
     dtype: str,
     num_shards: int,
     put: Callable[[PackedBatch], PackedBatch],
     program: Callable[..., Callable[..., Any]],
-    max_triples: int = 4,
+    max_groups: int = 4,
 ) -> CheckResult:
-    """Checks the loss, the rewards and the packing on the first triples of the data.
+    """Checks the loss, the rewards and the packing on the first groups of the data, where policy == reference.
 
-    At policy == reference the loss must have its closed-form value (log 2 for DPO) and the rewards must be
-    0 within RATIO_BOUND; the separate layout must give the same token log-probs within LAYOUT_BOUND.
+    - The loss has its closed-form value (log 2 for DPO), in LOSS_BOUND.
+    - The rewards are 0, in RATIO_BOUND: that is the noise floor of the log-ratios in this dtype.
+    - Neither order, nor padding, nor the cut into micro-batches, nor the layout changes a token's log-prob by more than
+      LAYOUT_BOUND, or a pair's loss by more than that noise explains.
 
     Args:
+      ref_params: None where the run has no reference.
       pack: the first groups of its index are used.
       put: host batch to the devices.
       program: (name, function, **jit options) -> the jitted function.
     Raises: NumericsError naming what disagrees.
     """
-    count = min(max_triples, len(pack.index.rows))
-    picked, index = range(count), pack.index.first(count)
+    count = min(max_groups, len(pack.index.rows))
+    index = pack.index.first(count)
     replicated = jax.sharding.NamedSharding(next(iter(jax.tree.leaves(params))).sharding.mesh, jax.sharding.PartitionSpec())
-    prompts, responses = index.prompt_lengths.tolist(), [index.responses(i) for i in picked]
-    tokens: dict[str, dict[tuple[int, int], np.ndarray]] = {}
-    results = None
-    for layout in ("shared", "separate"):
-        shape = make_shape(
-            [index], layout=layout, num_groups=count, num_shards=num_shards, micro_batch_tokens=4096, row_tokens=0
-        )
-        batch, _ = PackGroups(pack.data, index, shape, pack.shards, pack.pad_id)(picked)
-        # The closed form is that of one pair: the data's weights and soft labels are left out.
-        batch = batch._replace(pair_weight=np.ones_like(batch.pair_weight), soft_label=np.ones_like(batch.soft_label))
-        on_device, chunk = put(batch), 128
-        run = program(f"self_check_{layout}", make_token_logps_step(model, chunk=chunk), out_shardings=replicated)
-        logps = np.asarray(run(params, on_device))
-        tokens[layout] = dict(by_response(plan_step(prompts, responses, shape), responses, logps))
-        if layout == "shared":
-            step = make_eval_step(model, make_loss(loss.name, **{**loss.settings(), "sft_weight": None}), chunk=chunk)
-            run = program("self_check_loss", step, out_shardings=replicated)
-            results = jax.device_get(run(params, ref_params, on_device))
-    assert results is not None
-    valid = results.row_id >= 0
-    expected = closed_form(loss.name, **loss.settings())
-    mean = float(results.loss[valid].mean())
-    scale = np.concatenate([np.abs(results.policy_chosen[valid]), np.abs(results.policy_rejected[valid])])
-    ratio = np.concatenate([
-        np.abs(results.policy_chosen - results.ref_chosen)[valid],
-        np.abs(results.policy_rejected - results.ref_rejected)[valid],
-    ])  # fmt: skip
-    worst_ratio = float((ratio / np.maximum(scale, 1e-9)).max())
-    a, b = tokens["shared"], tokens["separate"]
-    worst_layout = max(float(np.abs(a[k] - b[k]).max()) for k in a)
-    result = CheckResult(mean, expected, worst_ratio, worst_layout)
-    if not worst_ratio <= RATIO_BOUND[dtype]:
+    prompts, responses = index.prompt_lengths.tolist(), [index.responses(i) for i in range(count)]
+    shape = lambda layout: make_shape(
+        [index], layout=layout, num_groups=count, num_shards=num_shards, micro_batch_tokens=4096, row_tokens=0
+    )
+    packed = shape("shared")
+    # Room for all rows in one micro-batch, and for a micro-batch each.
+    packed = PackShape("shared", count, count, num_shards, packed.row_tokens, packed.num_slots, packed.num_pairs)
+    chunk = 128
+
+    def check(params, ref_params, batch):
+        scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
+        policy, _, info = step_pairs(loss, batch, scores)
+        return scores.policy.logps, policy, info, step_results(loss, batch, scores, np.float32(0))
+
+    programs = {layout: program(f"self_check_{layout}", check, out_shardings=replicated) for layout in ("shared", "separate")}
+    tokens, pairs, first = {}, {}, None
+    for name, arrangement in _arrangements(prompts, responses, packed, shape("separate")).items():
+        batch = put(_pack(pack, arrangement, prompts, responses, unpaired=loss.unpaired))
+        logps, *rest = jax.device_get(programs[arrangement.shape.layout](params, ref_params, batch))
+        tokens[name] = dict(by_response(arrangement.plan, responses, np.asarray(logps)))
+        pairs[name] = _by_row(rest[2])
+        first = rest if first is None else first
+    assert first is not None
+    found = _measure(loss, *first, tokens, pairs, dtype)
+    _judge(loss, found, dtype)
+    return found
+
+
+def _measure(
+    loss: Loss, policy: PairLogps, info: PairInfo, results: PairResults, tokens, pairs, dtype: str
+) -> CheckResult:
+    valid = results.row_id.reshape(-1) >= 0
+    flat = lambda x: x if np.ndim(x) == 0 else np.asarray(x, np.float64).reshape(-1)[valid]
+    policy, info = jax.tree.map(flat, (policy, info))
+    expected = loss.at_reference(policy, info)
+    mean = float(flat(results.loss).mean())
+    scale = np.maximum(np.abs([policy.chosen, policy.rejected]), 1e-9)
+    ratio = np.zeros_like(scale)
+    if results.ref_chosen is not None:
+        ratio = np.abs([policy.chosen - flat(results.ref_chosen), policy.rejected - flat(results.ref_rejected)])
+    a = tokens["packed"]
+    layout = max(float(np.abs(a[k] - other[k]).max()) for other in tokens.values() for k in a)
+    # The floor: policy against reference, and the same response computed in two arrangements.
+    moved = [(abs(float((a[k] - other[k]).sum())), float(np.abs(a[k]).sum())) for other in tokens.values() for k in a]
+    noise_nats = max(float(ratio.max()), *(m for m, _ in moved))
+    worst_ratio = max(float((ratio / scale).max()), *(m / max(s, 1e-9) for m, s in moved))
+    # A loss may move by its slope times the noise of the log-probs that it reads; where pairs are coupled, of all of them.
+    slope = loss.reward_scale * max(pull for _, pull in pairs["packed"].values())
+    noise = 4 * RATIO_BOUND[dtype] * (float(scale.max()) * slope + max(abs(x) for x, _ in pairs["packed"].values()) + 1)
+    worst = max(abs(pairs["packed"][k][0] - other[k][0]) for other in pairs.values() for k in pairs["packed"])
+    return CheckResult(
+        loss=mean,
+        expected=None if expected is None else float(expected.mean()),
+        worst_ratio=worst_ratio,
+        noise_nats=noise_nats,
+        worst_layout=layout,
+        worst_loss=worst / noise,
+    )
+
+
+def _judge(loss: Loss, found: CheckResult, dtype: str) -> None:
+    if not found.worst_ratio <= RATIO_BOUND[dtype]:
         raise NumericsError(
-            f"self-check: at policy == reference a log-ratio is {worst_ratio:.1e} of its log-prob, over {RATIO_BOUND[dtype]:.0e}: "
-            "the reference is computed differently from the policy (see reference.dtype)"
+            f"self-check: at policy == reference a log-ratio is {found.worst_ratio:.1e} of its log-prob, over "
+            f"{RATIO_BOUND[dtype]:.0e}: the reference, or another arrangement, is computed differently (see reference.dtype)"
         )
-    if not math.isclose(mean, expected, rel_tol=1e-3 if dtype == "float32" else 0.2):
-        raise NumericsError(f"self-check: the {loss.name} loss at policy == reference is {mean:.6f}, not {expected:.6f}")
-    if not worst_layout <= LAYOUT_BOUND[dtype]:
-        raise NumericsError(f"self-check: the layouts differ by {worst_layout:.1e} nats in a token's log-prob")
-    return result
+    if found.expected is not None and not abs(found.loss - found.expected) <= LOSS_BOUND[dtype] * max(abs(found.expected), 0.1):
+        raise NumericsError(
+            f"self-check: the {loss.name} loss at policy == reference is {found.loss:.6f}, not {found.expected:.6f}"
+        )
+    if not found.worst_layout <= LAYOUT_BOUND[dtype]:
+        raise NumericsError(
+            f"self-check: a token's log-prob differs by {found.worst_layout:.1e} nats with the order of the rows, the padding, "
+            "the micro-batches or the layout"
+        )
+    if not found.worst_loss <= 1:
+        raise NumericsError(
+            f"self-check: a pair's {loss.name} loss depends on the order of the rows, the padding or the micro-batches: it "
+            f"moves {found.worst_loss:.1f} times as far as the noise of {dtype} explains"
+        )

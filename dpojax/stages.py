@@ -21,9 +21,9 @@ from dpojax.errors import CheckpointError, Interrupted, NumericsError
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, initial_params
+from dpojax.policy import Policy, initial_params, reference_layout
 from dpojax.programs import Program
-from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_sums
+from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_gradients
 
 NON_FINITE_LIMIT = 3  # non-finite steps in a row that end the run
 
@@ -211,10 +211,14 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainS
 # --- where a stage starts ---------------------------------------------------------------------------------------------
 
 
-def state_layout(job: Job, policy: Policy, optimizer) -> tuple[Any, Any]:
-    """(ShapeDtypeStructs, shardings) of the training state."""
+def state_layout(job: Job, policy: Policy, optimizer, *, moving: bool) -> tuple[Any, Any]:
+    """(ShapeDtypeStructs, shardings) of the training state; with a reference of its own where that is moving."""
     abstract = jax.eval_shape(functools.partial(new_state, optimizer), policy.abstract)
-    return abstract, sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
+    shardings = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
+    if not moving:
+        return abstract, shardings
+    ref_abstract, ref_shardings = reference_layout(job, policy)
+    return abstract._replace(ref=ref_abstract), shardings._replace(ref=ref_shardings)
 
 
 def resumable_step(job: Job, stage: Stage) -> int | None:
@@ -254,13 +258,18 @@ def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
     stage.meta["changed"] = [*meta.get("changed", []), *now]
 
 
-def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy) -> TrainState:
-    """The stage's newest checkpoint, or step 0 from `params`, which are given up: the state takes their memory."""
-    abstract, shardings = state_layout(job, policy, optimizer)
+def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy, *, moving_ref: Any = None) -> TrainState:
+    """The stage's newest checkpoint, or step 0 from `params`, which are given up: the state takes their memory.
+
+    Args:
+      moving_ref: the reference where it belongs to the state (TR-DPO), given up as well; else None.
+    """
+    abstract, shardings = state_layout(job, policy, optimizer, moving=moving_ref is not None)
     step = resumable_step(job, stage)
     if step is None:
-        return jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings, donate_argnums=0)(params)
-    jax.tree.map(lambda x: x.delete(), params)
+        start = jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings, donate_argnums=(0, 1))
+        return start(params, moving_ref)
+    jax.tree.map(lambda x: x.delete(), (params, moving_ref))
     meta = stage.checkpoints.meta(step)
     stage.checkpoints.compare_shapes(step, abstract, cast="dtype" in job.config.checkpoint.allowed())
     check_origin(job, stage, meta)
@@ -325,14 +334,14 @@ def batch_stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
     )
 
 
-def train_program(job: Job, name: str, policy: Policy, optimizer, sums, denominator, rows) -> Program:
-    """The jitted step of a stage: explicit shardings, the state donated."""
+def train_program(job: Job, name: str, policy: Policy, optimizer, gradients, *, moving=None) -> Program:
+    """The jitted step of a stage: explicit shardings, the state donated. Arguments as `train.make_train_step`'s."""
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, policy.shardings)
     c = job.config.optim
     step = make_train_step(
-        sums, denominator, rows, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes
+        gradients, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes, moving=moving
     )
-    _, state = state_layout(job, policy, optimizer)
+    _, state = state_layout(job, policy, optimizer, moving=moving is not None)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
 
 
@@ -351,7 +360,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
     own_b2 = c.sft.b2 is not None and "b2" in OPTIMIZERS[c.optim.name]
     optim = dataclasses.replace(c.optim, b2=c.sft.b2) if own_b2 else c.optim
     optimizer = make_optimizer(optim, schedule, policy.model.axes)
-    sums = functools.partial(sft_sums, policy.model, c.model.logps_chunk_tokens)
+    gradients = sft_gradients(policy.model, chunk=c.model.logps_chunk_tokens)
     params = initial_params(job, policy)
     prints = fingerprints(
         job, data.sft, policy, sft=dataclasses.asdict(c.sft), init=checkpoint.digest(checkpoint.checksums(params))
@@ -360,9 +369,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         name="SFT",
         prefix="sft_",
         num_steps=c.sft.num_steps,
-        step_program=train_program(
-            job, "sft_step", policy, optimizer, sums, lambda b: b.num_response_tokens, lambda b: b.slot_row
-        ),
+        step_program=train_program(job, "sft_step", policy, optimizer, gradients),
         batches=batch_stream(job, packer(job, data.sft, data.sft_index, shape), groups, c.sft.num_steps),
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "sft", keep=1),

@@ -3,6 +3,10 @@
 The mean over pairs, micro-batches and devices is taken here and nowhere else. Sums are accumulated,
 and the denominators come from the host's plan of the whole step, before the loop: never means of means.
 
+An objective whose pairs are coupled (AOT, KTO, BCO with shift) is defined on the whole step, however it is cut: the
+log-probs of all micro-batches first, then d loss / d log-probs on the whole step, then a second loop that pulls them
+back to the parameters.
+
 Legend: M micro-batches, A data shards, P pairs of a shard's micro-batch, T scored tokens, S responses.
 """
 
@@ -16,25 +20,29 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import PackedBatch
-from dpojax.logps import TokenScores, response_sums, token_scores
-from dpojax.losses import Loss, PairInfo, PairLogps
+from dpojax.logps import Reference, TokenScores, response_sums, token_scores
+from dpojax.losses import PairInfo, PairLogps
 from dpojax.models import Model
+from dpojax.objectives import Loss
 
 
 class TrainState(NamedTuple):
-    """What training changes. The reference is not in here: it is an argument of the step."""
+    """What training changes. A fixed reference is not in here: it is an argument of the step."""
 
     params: Any
     opt_state: Any
     step: Int[Array, ""]  # batches taken, skipped ones included: the position in the data
     skipped: Int[Array, ""]  # steps that changed nothing else
     loss_average: Float[Array, ""]  # exponential average of |loss| over the steps that were not skipped
+    reward_mean: Float[Array, ""]  # of the implicit rewards of all responses so far, for bco_pair_shift; else 0
+    ref: Any = None  # TR-DPO's moving reference; else None
 
 
-def new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+def new_state(optimizer: optax.GradientTransformation, params: Any, ref: Any = None) -> TrainState:
     """The state at step 0."""
     zero = functools.partial(jnp.zeros, ())  # a buffer each: the state is donated
-    return TrainState(params, optimizer.init(params), zero(jnp.int32), zero(jnp.int32), zero(jnp.float32))
+    counters = zero(jnp.int32), zero(jnp.int32), zero(jnp.float32), zero(jnp.float32)
+    return TrainState(params, optimizer.init(params), *counters, ref)
 
 
 class StepMetrics(NamedTuple):
@@ -49,23 +57,33 @@ class StepMetrics(NamedTuple):
 
 
 class PairResults(NamedTuple):
-    """Per-pair results of an evaluation batch. [M, A, P] each; rows of padding have row_id -1."""
+    """What is known of every pair of a batch; the pairs of padding have row_id -1.
 
-    row_id: Int[Array, "M A P"]
-    loss: Float[Array, "M A P"]
-    chosen_rewards: Float[Array, "M A P"]
-    rejected_rewards: Float[Array, "M A P"]
-    policy_chosen: Float[Array, "M A P"]
-    policy_rejected: Float[Array, "M A P"]
-    ref_chosen: Float[Array, "M A P"]
-    ref_rejected: Float[Array, "M A P"]
-    chosen_lengths: Int[Array, "M A P"]
-    rejected_lengths: Int[Array, "M A P"]
-    # sums over response tokens
-    chosen_logits: Float[Array, "M A P"]  # of the mean logit over the vocabulary
-    rejected_logits: Float[Array, "M A P"]
-    entropy: Float[Array, "M A P"]  # of both responses, nats
-    correct: Float[Array, "M A P"]  # chosen tokens that are the most likely ones
+    Unpaired data: `chosen` is the labelled response, `label` its label, `rejected` a mismatched response.
+    """
+
+    row_id: Int[Array, "*B"]
+    label: Float[Array, "*B"]  # probability that the chosen one is the better one
+    loss: Float[Array, "*B"]
+    margin: Float[Array, "*B"]  # what the objective trains upwards
+    pull: Float[Array, "*B"]  # -d loss / d log pi(y_w), over beta: s(-beta h) for DPO
+    chosen_rewards: Float[Array, "*B"]
+    rejected_rewards: Float[Array, "*B"]
+    policy_chosen: Float[Array, "*B"]
+    policy_rejected: Float[Array, "*B"]
+    ref_chosen: Float[Array, "*B"] | None  # None without reference
+    ref_rejected: Float[Array, "*B"] | None
+    chosen_lengths: Int[Array, "*B"]
+    rejected_lengths: Int[Array, "*B"]
+    # sums over response tokens; 0 in steps without details
+    chosen_logits: Float[Array, "*B"]  # of the mean logit over the vocabulary
+    rejected_logits: Float[Array, "*B"]
+    chosen_entropy: Float[Array, "*B"]  # nats
+    rejected_entropy: Float[Array, "*B"]
+    chosen_correct: Float[Array, "*B"]  # tokens that are the most likely ones
+
+
+# --- from a micro-batch to its pairs ----------------------------------------------------------------------------------
 
 
 def micro_batch(batch: PackedBatch, i) -> PackedBatch:
@@ -79,11 +97,48 @@ def hidden_by_shard(model: Model, params, mb: PackedBatch) -> Float[Array, "A U 
     return hidden.reshape(mb.predictor.shape[0], -1, hidden.shape[-1])
 
 
-def batch_scores(model: Model, params, mb: PackedBatch, *, chunk: int, details=False) -> TokenScores:
-    """log pi(target | prefix) of every scored token of a micro-batch, nats; with `details`, all of TokenScores."""
+def batch_scores(
+    model: Model, params, mb: PackedBatch, *, chunk: int, details=False, ref_params=None, squares=False
+) -> TokenScores:
+    """log pi(target | prefix) of every scored token of a micro-batch, nats.
+
+    Args:
+      details: with all of TokenScores.
+      ref_params: with the KL to this reference.
+      squares: with log sum_v pi(v)^2.
+    """
     hidden, details = hidden_by_shard(model, params, mb), jnp.asarray(details)
+    ref = None
+    if ref_params is not None:
+        ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)))
     head = model.head(params)
-    return token_scores(model.unembed, head, hidden, mb.predictor, mb.target, mb.num_scored, details, chunk)
+    return token_scores(
+        model.unembed, head, hidden, ref, mb.predictor, mb.target, mb.num_scored, details, chunk, squares
+    )
+
+
+class StepScores(NamedTuple):
+    """The tokens of a micro-batch under both models; [M, ...] for a whole step."""
+
+    policy: TokenScores
+    ref_logps: Float[Array, "*M A T"] | None  # None without reference
+
+
+def both_scores(
+    model: Model, loss: Loss, params, ref_params, mb: PackedBatch, *, chunk: int, details=False
+) -> StepScores:
+    """The policy's and the reference's token scores, as far as `loss` needs them.
+
+    The reference's come from the batch where it carries a cache, else from `ref_params`, else there are none.
+    """
+    full = ref_params if loss.needs("kl") else None
+    policy = batch_scores(
+        model, params, mb, chunk=chunk, details=details, ref_params=full, squares=loss.needs("wpo")
+    )
+    ref_logps = policy.ref_logps if mb.ref_logps is None else mb.ref_logps
+    if ref_logps is None and ref_params is not None:
+        ref_logps = batch_scores(model, ref_params, mb, chunk=chunk).logps
+    return StepScores(policy, jax.lax.stop_gradient(ref_logps))
 
 
 def gather_pairs(mb: PackedBatch, per_slot) -> tuple[Array, Array]:
@@ -97,9 +152,29 @@ def pair_sums(mb: PackedBatch, values: Float[Array, "A T"]) -> tuple[Float[Array
     return gather_pairs(mb, response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1]))
 
 
-def pair_logps(mb: PackedBatch, values: Float[Array, "A T"]) -> PairLogps:
+def pair_heads(mb: PackedBatch, values: Float[Array, "A T"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """As `pair_sums`, of the first min(|y_w|, |y_l|) tokens of both responses only."""
+
+    def shard(values, weight, slot, lengths, chosen, rejected):
+        live = weight > 0
+        before = jnp.cumsum(live) - live  # scored tokens of the shard before this one
+        first = jax.ops.segment_min(before, slot, lengths.shape[0])
+        rank = before - first[slot]
+        limit = jnp.minimum(lengths[chosen], lengths[rejected])
+        head = lambda own: live & (slot == own[:, None]) & (rank < limit[:, None])  # [P, T]
+        return tuple(jnp.sum(jnp.where(head(own), values, 0.0), axis=1) for own in (chosen, rejected))
+
+    w, l = jax.vmap(shard)(values, mb.weight, mb.slot, mb.lengths, mb.chosen, mb.rejected)
+    return w.reshape(-1), l.reshape(-1)
+
+
+def pair_logps(mb: PackedBatch, logps: Float[Array, "A T"], *, heads: bool = False) -> PairLogps:
     """Token log-probs as log-probs of the responses of every pair."""
-    return PairLogps(*pair_sums(mb, values), *gather_pairs(mb, mb.lengths))
+    both = PairLogps(*pair_sums(mb, logps), *gather_pairs(mb, mb.lengths))
+    if not heads:
+        return both
+    chosen, rejected = pair_heads(mb, logps)
+    return both._replace(chosen_head=chosen, rejected_head=rejected)
 
 
 def pair_info(mb: PackedBatch) -> PairInfo:
@@ -109,122 +184,319 @@ def pair_info(mb: PackedBatch) -> PairInfo:
         soft_label=mb.soft_label.reshape(-1),
         margin=mb.margin.reshape(-1),
         mean_chosen_length=mb.num_chosen_tokens / jnp.maximum(mb.num_pairs, 1),
+        valid=mb.valid.reshape(-1),
     )
 
 
-def reference_logps(model: Model, ref_params, mb: PackedBatch, *, chunk: int) -> Float[Array, "A T"]:
-    """The cached reference log-probs where the batch carries them, else those of the live reference."""
-    if mb.ref_logps is not None:
-        return mb.ref_logps
-    return batch_scores(model, ref_params, mb, chunk=chunk).logps
+def pairs_of(loss: Loss, mb: PackedBatch, scores: StepScores) -> tuple[PairLogps, PairLogps | None, PairInfo]:
+    """What `loss` takes, of a micro-batch: (policy, ref, info)."""
+    heads, policy_scores = loss.needs("head"), scores.policy
+    policy = pair_logps(mb, policy_scores.logps, heads=heads)
+    if policy_scores.kl is not None:
+        chosen, rejected = pair_sums(mb, policy_scores.kl)
+        policy = policy._replace(chosen_kl=chosen, rejected_kl=rejected)
+    if policy_scores.log_sum_sq is not None:
+        sums = pair_sums(mb, jax.lax.stop_gradient(policy_scores.logps - policy_scores.log_sum_sq))
+        chosen, rejected = (jnp.exp(s / jnp.maximum(n, 1)) for s, n in zip(sums, policy[2:4], strict=True))
+        policy = policy._replace(chosen_weight=chosen, rejected_weight=rejected)
+    ref = None if scores.ref_logps is None else pair_logps(mb, scores.ref_logps, heads=heads)
+    return policy, ref, pair_info(mb)
 
 
-class Ratio(NamedTuple):
-    """A logged mean on its way: micro-batches and devices add up both parts."""
+def step_pairs(loss: Loss, batch: PackedBatch, scores: StepScores) -> tuple[PairLogps, PairLogps | None, PairInfo]:
+    """As `pairs_of`, of a whole step: fields [M, ...], the pairs of all micro-batches and shards in one axis."""
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+    policy, ref, info = jax.vmap(functools.partial(pairs_of, loss), in_axes=(axes, 0))(batch, scores)
+    mean_length = info.mean_chosen_length[0]
+    policy, ref, info = jax.tree.map(lambda x: x.reshape(-1), (policy, ref, info))
+    return policy, ref, info._replace(mean_chosen_length=mean_length)
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]
+
+def pair_results(loss: Loss, policy: PairLogps, ref: PairLogps | None, info: PairInfo, row_id) -> PairResults:
+    """What is logged of B pairs, without the token details."""
+    policy = jax.lax.stop_gradient(policy)
+
+    def total(chosen):
+        out = loss(policy._replace(chosen=chosen), ref, info)
+        return jnp.sum(jnp.where(info.valid, out.loss, 0.0)), out
+
+    (_, out), gradient = jax.value_and_grad(total, has_aux=True)(policy.chosen)
+    zero = jnp.zeros_like(out.loss)
+    return PairResults(
+        row_id=row_id,
+        label=info.soft_label,
+        loss=jnp.where(info.valid, out.loss, 0.0),
+        margin=out.margin,
+        pull=-gradient / loss.reward_scale,
+        chosen_rewards=out.chosen_rewards,
+        rejected_rewards=out.rejected_rewards,
+        policy_chosen=policy.chosen,
+        policy_rejected=policy.rejected,
+        ref_chosen=None if ref is None else ref.chosen,
+        ref_rejected=None if ref is None else ref.rejected,
+        chosen_lengths=policy.chosen_lengths,
+        rejected_lengths=policy.rejected_lengths,
+        **dict.fromkeys(PairResults._fields[-5:], zero),
+    )
 
 
-def _mean_over(values, where) -> Ratio:
-    return Ratio(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32)))
+def with_details(results: PairResults, mb: PackedBatch, scores: TokenScores) -> PairResults:
+    """The results of a micro-batch with the sums over its tokens."""
+    logits, entropy = pair_sums(mb, scores.mean_logit), pair_sums(mb, scores.entropy)
+    correct = pair_sums(mb, scores.correct.astype(jnp.float32))
+    sums = (*logits, *entropy, correct[0])
+    return results._replace(**dict(zip(PairResults._fields[-5:], jax.lax.stop_gradient(sums), strict=True)))
+
+
+# --- what is logged of pairs ------------------------------------------------------------------------------------------
+
+
+def _mean(values, where):
+    """The mean of the values where `where` holds; nan where it nowhere does."""
+    count = jnp.sum(where)
+    return jnp.where(count > 0, jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(count, 1), jnp.nan)
+
+
+def _quantile(values, where, q: float):
+    """The q-quantile of the values where `where` holds, linear between neighbours."""
+    ranked = jnp.sort(jnp.where(where, values, jnp.inf).reshape(-1))
+    place = q * jnp.maximum(jnp.sum(where) - 1, 0)
+    low = jnp.floor(place).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(jnp.sum(where) - 1, 0))
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+
+def _right(margin):
+    return (margin > 0) + 0.5 * (margin == 0)  # a tie is half right
+
+
+def pair_scalars(r: PairResults, *, unpaired: bool) -> dict[str, Float[Array, ""]]:
+    """Means over the pairs of a batch, under TRL's names where TRL has them.
+
+    Beyond TRL: objective/accuracy (of what the objective trains, e.g. length-normalised), displacement (share of chosen
+    responses that became less likely than under the reference), quantiles of the gradient weight (s(-beta h) for DPO),
+    and lengths and accuracy by which response is longer.
+
+    Args:
+      r: its padding is left out.
+      unpaired: chosen and rejected are the responses with label 1 and 0.
+    """
+    valid = r.row_id >= 0
+    chosen, rejected = (valid & (r.label > 0.5), valid & (r.label <= 0.5)) if unpaired else (valid, valid)
+    other = {k: getattr(r, f"chosen_{k}" if unpaired else f"rejected_{k}") for k in ("rewards", "lengths", "logits")}
+    other["logps"] = r.policy_chosen if unpaired else r.policy_rejected
+    reward_w, reward_l = _mean(r.chosen_rewards, chosen), _mean(other["rewards"], rejected)
+    margin = r.margin if unpaired else r.chosen_rewards - r.rejected_rewards
+    longer = r.chosen_lengths - r.rejected_lengths
+    found = {
+        "rewards/chosen": reward_w,
+        "rewards/rejected": reward_l,
+        "rewards/margins": reward_w - reward_l,
+        "rewards/accuracies": _mean(_right(margin), valid),
+        "logps/chosen": _mean(r.policy_chosen, chosen),
+        "logps/rejected": _mean(other["logps"], rejected),
+        "objective/accuracy": _mean(_right(r.margin), valid),
+        "lengths/chosen": _mean(r.chosen_lengths, chosen),
+        "lengths/rejected": _mean(other["lengths"], rejected),
+        **{f"gradient_weight/q{round(100 * q)}": _quantile(jnp.abs(r.pull), valid, q) for q in (0.1, 0.5, 0.9)},
+    }
+    if r.ref_chosen is not None:
+        found["displacement"] = _mean(r.policy_chosen < r.ref_chosen, chosen)
+    if unpaired:
+        found["kl"] = jnp.maximum(0.0, _mean(r.policy_rejected - r.ref_rejected, valid))  # KTO's z0, as TRL calls it
+    else:
+        found["rewards/accuracies_chosen_longer"] = _mean(_right(margin), valid & (longer > 0))
+        found["rewards/accuracies_chosen_shorter"] = _mean(_right(margin), valid & (longer < 0))
+    # Means over tokens, as TRL takes them.
+    total = lambda values, where: jnp.sum(jnp.where(where, values, 0).astype(jnp.float32))
+    len_w, len_l = total(r.chosen_lengths, chosen), total(other["lengths"], rejected)
+    entropy_w = total(r.chosen_entropy, valid)
+    entropy_l = 0.0 if unpaired else total(r.rejected_entropy, valid)
+    return found | {
+        "entropy": (entropy_w + entropy_l) / jnp.maximum(len_w + len_l, 1),
+        "mean_token_accuracy": total(r.chosen_correct, chosen) / jnp.maximum(len_w, 1),
+        "logits/chosen": total(r.chosen_logits, chosen) / jnp.maximum(len_w, 1),
+        "logits/rejected": total(other["logits"], rejected) / jnp.maximum(len_l, 1),
+    }
+
+
+# --- gradients of a whole step ----------------------------------------------------------------------------------------
+
+
+def _empty(shapes: Any, batch: PackedBatch) -> Any:
+    """Zeros for what every micro-batch returns, stacked."""
+    return jax.tree.map(lambda x: jnp.zeros((batch.tokens.shape[0], *x.shape), x.dtype), shapes)
+
+
+def _put(stack: Any, part: Any, i) -> Any:
+    return jax.tree.map(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, i, 0), stack, part)
+
+
+def accumulate(function: Callable[..., Any], params, batch: PackedBatch, count, constrain_params) -> tuple[Any, Any, Any]:
+    """(sum, its gradient / count in float32, what else was returned, stacked) over the micro-batches in use.
+
+    Args:
+      function: (params, micro-batch, i) -> (its sum, anything).
+      constrain_params: keeps a tree shaped like the parameters in the parameters' sharding.
+    """
+    gradient = jax.value_and_grad(function, has_aux=True)
+
+    def body(i, carry):
+        total, grads, stack = carry
+        (part, own), g = gradient(params, micro_batch(batch, i), i)
+        grads = constrain_params(jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / count, grads, g))
+        return total + part, grads, _put(stack, own, i)
+
+    # The first carry has the results' structure without running them.
+    _, own = jax.eval_shape(function, params, micro_batch(batch, 0), 0)
+    zeros = constrain_params(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+    return jax.lax.fori_loop(0, batch.num_micro, body, (jnp.zeros((), jnp.float32), zeros, _empty(own, batch)))
 
 
 def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb: PackedBatch, details=False):
-    """Sum of the per-pair losses of a micro-batch, with what is logged."""
-    ref = pair_logps(mb, jax.lax.stop_gradient(reference_logps(model, ref_params, mb, chunk=chunk)))
-    scores = batch_scores(model, params, mb, chunk=chunk, details=details)
-    policy = pair_logps(mb, scores.logps)
-    out = loss(policy, ref, pair_info(mb))
-    valid = mb.valid.reshape(-1)
-    pair_loss = jnp.where(valid, out.loss, 0.0)
-    margin = out.chosen_rewards - out.rejected_rewards
-    by_pair = {
-        "rewards/chosen": out.chosen_rewards,
-        "rewards/rejected": out.rejected_rewards,
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),  # a tie is half right
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
-    }
-    # Means over tokens, as TRL takes them.
-    total = lambda x: jnp.sum(jnp.where(valid, x, 0).astype(jnp.float32))
-    lengths = total(policy.chosen_lengths), total(policy.rejected_lengths)
-    entropy, logits = pair_sums(mb, scores.entropy), pair_sums(mb, scores.mean_logit)
-    correct, _ = pair_sums(mb, scores.correct.astype(jnp.float32))
-    by_token = {
-        "entropy": Ratio(total(entropy[0] + entropy[1]), lengths[0] + lengths[1]),
-        "mean_token_accuracy": Ratio(total(correct), lengths[0]),
-        "logits/chosen": Ratio(total(logits[0]), lengths[0]),
-        "logits/rejected": Ratio(total(logits[1]), lengths[1]),
-    }
-    logged = {**{k: _mean_over(v, valid) for k, v in by_pair.items()}, **by_token}
-    return pair_loss.sum(), (logged, pair_loss.reshape(mb.valid.shape))
+    """Sum of the per-pair losses of a micro-batch, with the results of its pairs."""
+    scores = both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details)
+    policy, ref, info = pairs_of(loss, mb, scores)
+    results = pair_results(loss, policy, ref, info, mb.row_id.reshape(-1))
+    results = with_details(results, mb, scores.policy)
+    total = jnp.sum(jnp.where(info.valid, loss(policy, ref, info).loss, 0.0))
+    return total, jax.tree.map(lambda x: x.reshape(mb.valid.shape), results)
 
 
-def sft_sums(model: Model, chunk: int, params, ref_params, mb: PackedBatch, details=False):
-    """Sum of the negative log-likelihoods of all response tokens of a micro-batch, with what is logged."""
-    del ref_params
-    scores = batch_scores(model, params, mb, chunk=chunk, details=details)
-    scored = mb.weight > 0
-    nll = -response_sums(scores.logps, mb.weight, mb.slot, mb.lengths.shape[1])
-    logged = {"entropy": _mean_over(scores.entropy, scored), "mean_token_accuracy": _mean_over(scores.correct, scored)}
-    return nll.sum(), (logged, nll)
+def step_scores(model: Model, loss: Loss, params, ref_params, batch: PackedBatch, *, chunk: int, details) -> StepScores:
+    """The token scores of all micro-batches, [M, ...], without gradient."""
+    one = lambda mb: both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details)
+    body = lambda i, stack: _put(stack, one(micro_batch(batch, i)), i)
+    start = _empty(jax.eval_shape(one, micro_batch(batch, 0)), batch)
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, batch.num_micro, body, start))
 
+
+def step_results(loss: Loss, batch: PackedBatch, scores: StepScores, shift) -> PairResults:
+    """The results of all pairs of a step, [M, A, P]."""
+    policy, ref, info = step_pairs(loss, batch, scores)
+    results = pair_results(loss, policy, ref, info._replace(shift=shift), batch.row_id.reshape(-1))
+    results = jax.tree.map(lambda x: x.reshape(batch.valid.shape), results)
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+    described = jax.vmap(with_details, in_axes=(0, axes, 0))(results, batch, scores.policy)
+    return jax.tree.map(lambda x: x.reshape(batch.valid.shape), described)
+
+
+class Gradients(NamedTuple):
+    """What a step found before the optimizer is asked."""
+
+    loss: Float[Array, ""]  # mean over the step
+    grads: Any  # of the mean, float32
+    scalars: dict[str, Float[Array, ""]]
+    losses: Float[Array, "M A X"]
+    row_id: Int[Array, "M A X"]
+    reward_mean: Float[Array, ""]
+
+
+def preference_gradients(model: Model, loss: Loss, *, chunk: int, two_passes: bool | None = None):
+    """The function (state, ref_params, batch, details, constrain_params) -> Gradients of the preference stage.
+
+    Args:
+      two_passes: None: where the objective couples the pairs of a step.
+    """
+
+    def separate(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
+        count = batch.num_pairs.astype(jnp.float32)
+        sums = lambda params, mb, i: preference_sums(model, loss, chunk, params, ref_params, mb, details)
+        total, grads, results = accumulate(sums, state.params, batch, count, constrain_params)
+        return _finish(total / count, grads, results, batch, state.reward_mean)
+
+    def coupled(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
+        count = batch.num_pairs.astype(jnp.float32)
+        scores = step_scores(model, loss, state.params, ref_params, batch, chunk=chunk, details=details)
+        reward_mean = state.reward_mean
+        if loss.needs("shift"):
+            reward_mean = _running_mean(state, step_pairs(loss, batch, scores), loss.reward_scale)
+
+        def whole(logps, kl):
+            moved = scores._replace(policy=scores.policy._replace(logps=logps, kl=kl))
+            policy, ref, info = step_pairs(loss, batch, moved)
+            return jnp.sum(jnp.where(info.valid, loss(policy, ref, info._replace(shift=reward_mean)).loss, 0.0))
+
+        total, pulls = jax.value_and_grad(whole, argnums=(0, 1))(scores.policy.logps, scores.policy.kl)
+
+        def pulled(params, mb, i):
+            full = ref_params if loss.needs("kl") else None
+            own = batch_scores(model, params, mb, chunk=chunk, ref_params=full)
+            parts = zip(pulls, (own.logps, own.kl), strict=True)
+            return sum(jnp.sum(p[i] * x) for p, x in parts if x is not None), None
+
+        _, grads, _ = accumulate(pulled, state.params, batch, count, constrain_params)
+        return _finish(total / count, grads, step_results(loss, batch, scores, reward_mean), batch, reward_mean)
+
+    def _finish(mean, grads, results: PairResults, batch: PackedBatch, reward_mean) -> Gradients:
+        results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
+        return Gradients(mean, grads, pair_scalars(results, unpaired=loss.unpaired), results.loss, batch.row_id, reward_mean)
+
+    return coupled if (loss.coupled if two_passes is None else two_passes) else separate
+
+
+def _running_mean(state: TrainState, pairs: tuple[PairLogps, PairLogps | None, PairInfo], scale: float):
+    """The mean implicit reward of all responses so far, this step's included; steps count alike."""
+    policy, ref, info = pairs
+    assert ref is not None
+    rewards = 0.5 * scale * (policy.chosen - ref.chosen + policy.rejected - ref.rejected)
+    return state.reward_mean + (_mean(rewards, info.valid) - state.reward_mean) / (state.step - state.skipped + 1)
+
+
+def sft_gradients(model: Model, *, chunk: int):
+    """As `preference_gradients`, of the supervised stage: the mean negative log-likelihood of all response tokens."""
+
+    def sums(params, mb: PackedBatch, details):
+        scores = batch_scores(model, params, mb, chunk=chunk, details=details)
+        per_slot = lambda values: response_sums(values, mb.weight, mb.slot, mb.lengths.shape[1])
+        nll = -per_slot(scores.logps)
+        details = per_slot(jax.lax.stop_gradient(scores.entropy)), per_slot(scores.correct.astype(jnp.float32))
+        return nll.sum(), (nll, *details)
+
+    def gradients(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
+        del ref_params
+        count = batch.num_response_tokens.astype(jnp.float32)
+        one = lambda params, mb, i: sums(params, mb, details)
+        total, grads, (nll, entropy, correct) = accumulate(one, state.params, batch, count, constrain_params)
+        scalars = {"entropy": entropy.sum() / count, "mean_token_accuracy": correct.sum() / count}
+        return Gradients(total / count, grads, scalars, nll, batch.slot_row, state.reward_mean)
+
+    return gradients
+
+
+# --- the programs -----------------------------------------------------------------------------------------------------
 
 DETAILS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")  # known in steps with `details` only
 SPIKE_AFTER_STEPS = 10  # an average of fewer losses says little
 
 
 def make_train_step(
-    sums: Callable[..., Any],
-    denominator: Callable[[PackedBatch], Array],
-    rows: Callable[[PackedBatch], Array],
+    gradients: Callable[..., Gradients],
     optimizer: optax.GradientTransformation,
     constrain_params: Callable[[Any], Any],
     *,
     spike_factor: float,
     skip_spikes: bool,
+    moving: tuple[float, int] | None = None,
 ):
     """The step (state, ref_params, batch, details) -> (state, StepMetrics).
 
     A step whose loss or gradient is not finite changes nothing but the counters, to the bit.
 
     Args:
-      sums: (params, ref_params, micro-batch, details) -> (loss sum, (logged Ratios, losses [A, X])).
-      denominator: what the loss sum is divided by, from the plan of the whole step.
-      rows: the source rows that the losses belong to. [M, A, X]
+      gradients: from `preference_gradients` or `sft_gradients`.
       optimizer: optax transformation.
       constrain_params: keeps a tree shaped like the parameters in the parameters' sharding.
       spike_factor: a loss over this many times the average of |loss| is a spike.
       skip_spikes: whether a spike is skipped like a step that is not finite.
+      moving: (alpha, tau): the reference is the state's, and every tau steps that were not skipped it becomes
+        alpha params + (1 - alpha) ref (TR-DPO, arXiv:2404.09656).
     """
 
-    def gradients(params, ref_params, batch: PackedBatch, details, count):
-        """Loss sum, logged Ratios, mean gradient in float32, and the single losses, over all micro-batches."""
-        gradient = jax.value_and_grad(sums, has_aux=True)
-
-        def body(i, carry):
-            (total, logged), grads, losses = carry
-            (loss_sum, (part, own)), g = gradient(params, ref_params, micro_batch(batch, i), details)
-            grads = constrain_params(jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / count, grads, g))
-            logged = jax.tree.map(jnp.add, logged, part)
-            return (total + loss_sum, logged), grads, jax.lax.dynamic_update_index_in_dim(losses, own, i, 0)
-
-        # The first carry has the sums' structure without running them.
-        (_, (logged, _)) = jax.eval_shape(sums, params, ref_params, micro_batch(batch, 0), details)
-        zero = lambda x: jnp.zeros(x.shape, jnp.float32)
-        start = (
-            (jnp.zeros((), jnp.float32), jax.tree.map(zero, logged)),
-            constrain_params(jax.tree.map(zero, params)),
-            jnp.zeros(rows(batch).shape, jnp.float32),
-        )
-        return jax.lax.fori_loop(0, batch.num_micro, body, start)
-
     def step(state: TrainState, ref_params, batch: PackedBatch, details) -> tuple[TrainState, StepMetrics]:
-        count = denominator(batch).astype(jnp.float32)
-        (total, logged), grads, losses = gradients(state.params, ref_params, batch, details, count)
-        loss, grad_norm = total / count, optax.tree.norm(grads)
+        ref_params = state.ref if moving else ref_params
+        loss, grads, scalars, losses, row_id, reward_mean = gradients(state, ref_params, batch, details, constrain_params)
+        grad_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -235,57 +507,38 @@ def make_train_step(
         good = finite & ~spike if skip_spikes else finite
         average = jnp.where(taken == 0, size, 0.9 * state.loss_average + 0.1 * size)
         keep = lambda new, old: jnp.where(good, new, old)
+        params = jax.tree.map(keep, params, state.params)
+        ref = state.ref
+        if moving:
+            alpha, tau = moving
+            ref = _move(ref, params, alpha, good & ((taken + 1) % tau == 0))
         new_state = TrainState(
-            params=jax.tree.map(keep, params, state.params),
+            params=params,
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             step=state.step + 1,
             skipped=state.skipped + (1 - good.astype(jnp.int32)),
             loss_average=keep(average, state.loss_average),
+            reward_mean=keep(reward_mean, state.reward_mean),
+            ref=ref,
         )
-        means = {k: r.total / jnp.maximum(r.count, 1) for k, r in logged.items()}
-        scalars = {"loss": loss, "grad_norm": grad_norm, **means}
-        return new_state, StepMetrics(scalars, losses, rows(batch), finite, spike, state.skipped)
+        scalars = {"loss": loss, "grad_norm": grad_norm, **scalars}
+        return new_state, StepMetrics(scalars, losses, row_id, finite, spike, state.skipped)
 
     return step
 
 
+def _move(ref: Any, params: Any, alpha: float, due) -> Any:
+    """Alpha params + (1 - alpha) ref where `due`, in the reference's dtype."""
+    mixed = lambda r, p: (alpha * p.astype(jnp.float32) + (1 - alpha) * r.astype(jnp.float32)).astype(r.dtype)
+    return jax.lax.cond(due, lambda: jax.tree.map(mixed, ref, params), lambda: ref)
+
+
 def make_eval_step(model: Model, loss: Loss, *, chunk: int):
-    """The evaluation (params, ref_params, batch) -> PairResults."""
+    """The evaluation (params, ref_params, batch, shift) -> PairResults, [M, A, P]; shift is the state's reward_mean."""
 
-    def one(params, ref_params, mb: PackedBatch) -> PairResults:
-        ref = pair_logps(mb, reference_logps(model, ref_params, mb, chunk=chunk))
-        scores = batch_scores(model, params, mb, chunk=chunk, details=True)
-        policy = pair_logps(mb, scores.logps)
-        out = loss(policy, ref, pair_info(mb))
-        entropy, logits = pair_sums(mb, scores.entropy), pair_sums(mb, scores.mean_logit)
-        flat = PairResults(
-            row_id=mb.row_id.reshape(-1),
-            loss=out.loss,
-            chosen_rewards=out.chosen_rewards,
-            rejected_rewards=out.rejected_rewards,
-            policy_chosen=policy.chosen,
-            policy_rejected=policy.rejected,
-            ref_chosen=ref.chosen,
-            ref_rejected=ref.rejected,
-            chosen_lengths=policy.chosen_lengths,
-            rejected_lengths=policy.rejected_lengths,
-            chosen_logits=logits[0],
-            rejected_logits=logits[1],
-            entropy=entropy[0] + entropy[1],
-            correct=pair_sums(mb, scores.correct.astype(jnp.float32))[0],
-        )
-        return jax.tree.map(lambda x: x.reshape(mb.valid.shape), flat)
-
-    def step(params, ref_params, batch: PackedBatch) -> PairResults:
-        shapes = jax.eval_shape(one, params, ref_params, micro_batch(batch, 0))
-        start = jax.tree.map(lambda x: jnp.zeros((batch.tokens.shape[0], *x.shape), x.dtype), shapes)
-        start = start._replace(row_id=start.row_id - 1)
-
-        def body(i, results):
-            part = one(params, ref_params, micro_batch(batch, i))
-            return jax.tree.map(lambda r, x: jax.lax.dynamic_update_index_in_dim(r, x, i, 0), results, part)
-
-        return jax.lax.fori_loop(0, batch.num_micro, body, start)
+    def step(params, ref_params, batch: PackedBatch, shift) -> PairResults:
+        scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
+        return step_results(loss, batch, scores, shift)
 
     return step
 

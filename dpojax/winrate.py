@@ -1,15 +1,12 @@
 """Samples and scores -> win rate, length-controlled win rate, KL, and whether the policy collapsed."""
 
-import importlib
-import importlib.util
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dpojax.errors import ConfigError
+from dpojax.functions import load_function
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
@@ -78,18 +75,4 @@ def load_reward(spec: str) -> Callable[[Sequence[str], Sequence[str]], Sequence[
 
     Raises: ConfigError if it cannot be found.
     """
-    place, _, name = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
-            assert module_spec is not None and module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        reward: Callable[..., Sequence[float]] = getattr(module, name)
-        if not callable(reward):
-            raise AttributeError(f"{name} is a {type(reward).__name__}, not a function")
-        return reward
-    except (ImportError, AttributeError, ValueError, OSError, AssertionError) as error:
-        raise ConfigError(f"sample.reward={spec!r}: module:function expected ({error})") from error
+    return load_function(spec, "sample.reward")

@@ -12,7 +12,7 @@ import jaxtyping
 import pytest
 
 # The shapes that these modules annotate are checked at every call (not in the subprocesses that run the command line).
-SHAPED = ("losses", "logps", "train", "sampling", "models", "data.packing")
+SHAPED = ("losses", "objectives", "logps", "train", "sampling", "models", "data.packing")
 jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartype")
 
 import runs

@@ -60,7 +60,7 @@ def test_one_bad_response_of_k_takes_only_its_own_pairs():
 
 def test_sft_on_ranked_rows_trains_on_the_best_response():
     row = {"prompt": "x", "responses": ["low", "mid", "best"], "scores": [1, 2, 3]}
-    assert RowReader("", responses_only=True).read(row, "file:1").responses == ("best",)
+    assert RowReader("", "sft").read(row, "file:1").responses == ("best",)
 
 
 def test_null_columns_are_absent_ones():

@@ -11,18 +11,19 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpojax.data.packing import TokenGroup
+from dpojax.data.packing import TokenGroup, TokenPair
 from dpojax.data.records import Records
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
-from dpojax.errors import DataError
+from dpojax.errors import ConfigError, DataError
 
-VERSION = 3  # raise it when a change of this package changes lengths or verdicts
+VERSION = 4  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -32,21 +33,34 @@ class Index(NamedTuple):
     prompt_lengths: np.ndarray  # [n]
     response_offsets: np.ndarray  # [n + 1] into response_lengths
     response_lengths: np.ndarray
-    pair_offsets: np.ndarray  # [n + 1] into chosen and rejected
+    counted_lengths: np.ndarray  # without formatting tokens
+    pair_offsets: np.ndarray  # [n + 1] into chosen, rejected, weights, soft_labels and margins
     chosen: np.ndarray  # response number within its group
     rejected: np.ndarray
+    weights: np.ndarray
+    soft_labels: np.ndarray
+    margins: np.ndarray
+    prompt_hashes: np.ndarray  # [n] equal for equal prompts
     largest_id: np.ndarray  # [] the largest token id
     counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/response, bad_line
     bad: tuple[str, ...]  # the message of each line that could not be read
     dropped: tuple[str, ...]  # "file:line: reason" of each row that holds no usable pair
+    # [n] the source row whose first response stands as the last response of the group: an answer to another prompt
+    mismatched: np.ndarray | None = None
 
     def responses(self, i: int) -> list[int]:
         """|y_k| of group i."""
         return self.response_lengths[self.response_offsets[i] : self.response_offsets[i + 1]].tolist()
 
-    def num_pairs(self, i: int) -> int:
-        """Pairs of group i."""
-        return int(self.pair_offsets[i + 1] - self.pair_offsets[i])
+    def counted(self, i: int) -> list[int]:
+        """|y_k| of group i without formatting tokens."""
+        return self.counted_lengths[self.response_offsets[i] : self.response_offsets[i + 1]].tolist()
+
+    def pairs(self, i: int) -> list[TokenPair]:
+        """The pairs of group i."""
+        own = slice(self.pair_offsets[i], self.pair_offsets[i + 1])
+        fields = (self.chosen, self.rejected, self.weights, self.soft_labels, self.margins)
+        return [TokenPair(*values) for values in zip(*(f[own].tolist() for f in fields), strict=True)]
 
     def totals(self) -> np.ndarray:
         """[n] tokens of each group: |x| + |y_1| + ..."""
@@ -68,9 +82,38 @@ class Index(NamedTuple):
             prompt_lengths=self.prompt_lengths[:count],
             response_offsets=self.response_offsets[: count + 1],
             response_lengths=self.response_lengths[:responses],
+            counted_lengths=self.counted_lengths[:responses],
             pair_offsets=self.pair_offsets[: count + 1],
-            chosen=self.chosen[:pairs],
-            rejected=self.rejected[:pairs],
+            prompt_hashes=self.prompt_hashes[:count],
+            mismatched=None if self.mismatched is None else self.mismatched[:count],
+            **{k: getattr(self, k)[:pairs] for k in ("chosen", "rejected", "weights", "soft_labels", "margins")},
+        )
+
+    def with_mismatched(self, seed: int) -> "Index":
+        """Every group gets one more response, an answer to another prompt, and its pairs point to it as `rejected`.
+
+        The answers are dealt out by a shuffle of the groups that depends on `seed` alone, so that they are fixed
+        before training: each group's is the first response of the next group in it that has another prompt.
+        Raises: ConfigError if all prompts are the same.
+        """
+        count = len(self.rows)
+        order = np.random.Generator(np.random.Philox(key=[seed, count])).permutation(count)
+        hashes = self.prompt_hashes[order]
+        if (hashes == hashes[0]).all():
+            raise ConfigError("the objective compares with answers to other prompts, and all prompts of the data are the same")
+        step = np.ones(count, np.int64)
+        place = np.arange(count)
+        while (same := hashes[(place + step) % count] == hashes).any():
+            step[same] += 1
+        other = np.empty(count, np.int64)
+        other[order] = order[(place + step) % count]
+        own, first, ends = np.diff(self.response_offsets), self.response_offsets[other], self.response_offsets[1:]
+        return self._replace(
+            response_offsets=self.response_offsets + np.arange(count + 1),
+            response_lengths=np.insert(self.response_lengths, ends, self.response_lengths[first]),
+            counted_lengths=np.insert(self.counted_lengths, ends, self.counted_lengths[first]),
+            rejected=np.repeat(own, np.diff(self.pair_offsets)),
+            mismatched=self.rows[other],
         )
 
 
@@ -84,12 +127,16 @@ class Dataset:
     limits: Limits
     flip_labels: float = 0.0
     seed: int = 0
+    mask_ids: frozenset[int] = frozenset()  # formatting tokens, which count in no log-prob
 
     def text_group(self, row: int) -> Group:
         """The group of a source row, labels flipped where `flip_labels` says so."""
         group = self.reader.read(self.records.get(row), self.records.where(row))
         if self.flip_labels and np.random.Generator(np.random.Philox(key=[self.seed, row])).random() < self.flip_labels:
-            pairs = tuple(p._replace(chosen=p.rejected, rejected=p.chosen, margin=-p.margin) for p in group.pairs)
+            if self.reader.kind == "unpaired":
+                pairs = tuple(p._replace(soft_label=1 - p.soft_label) for p in group.pairs)
+            else:
+                pairs = tuple(p._replace(chosen=p.rejected, rejected=p.chosen, margin=-p.margin) for p in group.pairs)
             group = group._replace(pairs=pairs)
         return group
 
@@ -103,12 +150,12 @@ class Dataset:
                 "".join((group.prompt, *map(str, group.responses))).encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
-        return tokenize(group, self.tokenizer, self.limits, row)
+        return tokenize(group, self.tokenizer, self.limits, row, self.mask_ids)
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a token or a label."""
         parts: list[Any] = [VERSION, self.records.fingerprint, self.tokenizer and self.tokenizer.fingerprint]
-        parts += [list(self.limits), self.reader.prompt_template, self.reader.responses_only]
+        parts += [list(self.limits), self.reader.prompt_template, self.reader.kind, sorted(self.mask_ids)]
         parts += [self.flip_labels, self.seed if self.flip_labels else 0]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -133,7 +180,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
     """
     name, size = data.records.name, data.records.size
     counts: collections.Counter = collections.Counter(rows=size)
-    rows, prompts, responses, chosen, rejected = [], [], [], [], []
+    rows, prompts, responses, counted, hashes, pairs = [], [], [], [], [], []
     response_offsets, pair_offsets, bad, dropped, largest = [0], [0], [], [], 0
     for row in range(size):
         progress(row)
@@ -153,17 +200,21 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         rows.append(row)
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))
+        counted.extend(map(len, group.responses) if group.counted is None else (int(c.sum()) for c in group.counted))
+        hashes.append(zlib.crc32(group.prompt.tobytes()))
         response_offsets.append(len(responses))
         largest = max(largest, int(group.prompt.max()), *(int(r.max()) for r in group.responses))
-        chosen.extend(p.chosen for p in group.pairs)
-        rejected.extend(p.rejected for p in group.pairs)
-        pair_offsets.append(len(chosen))
+        pairs.extend(group.pairs)
+        pair_offsets.append(len(pairs))
     counts["bad_line"] = len(bad)
     if not rows:
         reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in counts.items() if k.startswith("dropped/"))
         raise DataError(f"{name}: none of its {size} rows is usable ({reasons or 'bad lines'})")
-    arrays = (rows, prompts, response_offsets, responses, pair_offsets, chosen, rejected, largest)
-    return Index._make([*(np.asarray(a, np.int64) for a in arrays), dict(counts), tuple(bad), tuple(dropped)])
+    whole = lambda values: np.asarray(values, np.int64)
+    chosen, rejected, *numbers = zip(*pairs, strict=True) if pairs else [()] * 5
+    groups = map(whole, (rows, prompts, response_offsets, responses, counted, pair_offsets, chosen, rejected))
+    numbers = (np.asarray(n, np.float64) for n in numbers)
+    return Index(*groups, *numbers, whole(hashes), whole(largest), dict(counts), tuple(bad), tuple(dropped))
 
 
 def load_or_build_index(
@@ -175,12 +226,12 @@ def load_or_build_index(
       write: whether this process stores it (one of them does).
       progress: called with the number of rows read so far.
     """
-    path, arrays = folder / f"index-{data.fingerprint()}.npz", Index._fields[:-3]
+    path, arrays = folder / f"index-{data.fingerprint()}.npz", Index._fields[:-4]  # without counts, bad, dropped and mismatched
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
                 texts = json.loads(str(file["texts"]))
-                index = Index._make([*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2])])
+                index = Index(*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
         else:

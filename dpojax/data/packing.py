@@ -26,7 +26,11 @@ def visible(query, key, query_group, key_group, query_branch, key_branch):
 
 
 class TokenPair(NamedTuple):
-    """A preference between two responses of one group, by their positions in it."""
+    """A preference between two responses of one group, by their positions in it.
+
+    Unpaired data: `chosen` is the labelled response and `soft_label` its label; `rejected` is the group's mismatched
+    response where the objective needs one, else the labelled response again.
+    """
 
     chosen: int
     rejected: int
@@ -43,6 +47,7 @@ class TokenGroup(NamedTuple):
     pairs: tuple[TokenPair, ...]
     row: int  # of the source, to name it later
     ref_logps: tuple[np.ndarray, ...] | None = None  # [|y_k|] each, nats: the cached reference
+    counted: tuple[np.ndarray, ...] | None = None  # [|y_k|] each, bool: False at formatting tokens; None: all count
 
 
 class PackedBatch(NamedTuple):
@@ -59,7 +64,7 @@ class PackedBatch(NamedTuple):
     predictor: Int[Array, "M A T"]  # index into the shard's R/A * L tokens of the token that predicts this one
     target: Int[Array, "M A T"]
     slot: Int[Array, "M A T"]  # the response that it belongs to, < S
-    weight: Float[Array, "M A T"]
+    weight: Float[Array, "M A T"]  # 0 at formatting tokens too
     ref_logps: Float[Array, "M A T"] | None  # cached log ref(target | prefix), nats
     # pairs; `valid` is False at padding
     chosen: Int[Array, "M A P"]  # response slot
@@ -70,14 +75,14 @@ class PackedBatch(NamedTuple):
     row_id: Int[Array, "M A P"]  # row of the source, -1 at padding
     valid: Bool[Array, "M A P"]
     # response slots
-    lengths: Int[Array, "M A S"]  # scored tokens
+    lengths: Int[Array, "M A S"]  # scored tokens that count
     slot_row: Int[Array, "M A S"]  # row of the source, -1 at padding
     # of the whole step, from the host's plan: the same on every process
     num_micro: Int[Array, ""]  # micro-batches in use, <= M
     num_scored: Int[Array, " M"]  # most scored tokens of any shard
     num_pairs: Int[Array, ""]
     num_chosen_tokens: Int[Array, ""]  # sum of |y_w| over the step's pairs
-    num_response_tokens: Int[Array, ""]  # sum of |y| over the step's responses
+    num_response_tokens: Int[Array, ""]  # sum of |y| over the step's responses; as |y_w| above, of tokens that count
     num_tokens: Int[Array, ""]  # sum of |x| + |y_1| + ... over the step's groups
 
 
@@ -203,6 +208,7 @@ def pack_step(
     *,
     prompt_lengths: Sequence[int],
     response_lengths: Sequence[Sequence[int]],
+    counted_lengths: Sequence[Sequence[int]],
     pairs: Sequence[Sequence[TokenPair]],
     shards: Sequence[int],
     pad_id: int,
@@ -213,7 +219,8 @@ def pack_step(
     Args:
       plan, shape: from `plan_step` and `step_shape`.
       get_group: position in the step -> its tokens.
-      prompt_lengths, response_lengths, pairs: of every group of the step, for the denominators.
+      prompt_lengths, response_lengths, counted_lengths, pairs: of every group of the step, for the denominators;
+        formatting tokens are in response_lengths only.
       shards: the data shards that this process holds.
       pad_id: token at padding; never seen by any other token.
       with_ref: fill `ref_logps` from the groups.
@@ -243,8 +250,7 @@ def pack_step(
                 slot_row[i, j, slot] = get_group(g).row
             _fill_pairs(slots, get_group, {name: array[i, j] for name, array in pair.items()})
 
-    chosen_tokens = sum(response_lengths[g][p.chosen] for g, ps in enumerate(pairs) for p in ps)
-    responses = sum(map(sum, response_lengths))
+    chosen_tokens = sum(counted_lengths[g][p.chosen] for g, ps in enumerate(pairs) for p in ps)
     merged = {k: v.reshape(m, a * rows, length) for k, v in token_arrays.items()}
     ref_logps = scored.pop("ref_logps")
     return PackedBatch(
@@ -258,8 +264,8 @@ def pack_step(
         num_scored=num_scored,
         num_pairs=np.int32(sum(map(len, pairs))),
         num_chosen_tokens=np.int32(chosen_tokens),
-        num_response_tokens=np.int32(responses),
-        num_tokens=np.int32(sum(prompt_lengths) + responses),
+        num_response_tokens=np.int32(sum(map(sum, counted_lengths))),
+        num_tokens=np.int32(sum(prompt_lengths) + sum(map(sum, response_lengths))),
     )  # pyright: ignore[reportArgumentType]  # numpy arrays until they are put on the devices
 
 
@@ -282,7 +288,8 @@ def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple
                 tokens["branch"][place] = branch
                 if branch:
                     slot = slots[segment.group, branch - 1] = len(slots)
-                    lengths[slot] = len(ids)
+                    counted = np.ones(len(ids), bool) if group.counted is None else group.counted[branch - 1]
+                    lengths[slot] = counted.sum()
                     here = slice(end, end + len(ids))
                     end += len(ids)
                     # The first response token is predicted at the last prompt token, in every branch.
@@ -291,7 +298,7 @@ def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple
                     scored["predictor"][here.start] = last_prompt
                     scored["target"][here] = ids
                     scored["slot"][here] = slot
-                    scored["weight"][here] = 1.0
+                    scored["weight"][here] = counted
                     if with_ref:
                         assert group.ref_logps is not None
                         scored["ref_logps"][here] = group.ref_logps[branch - 1]

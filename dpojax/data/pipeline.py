@@ -18,7 +18,6 @@ from dpojax.data.packing import (
     PackedBatch,
     PackShape,
     TokenGroup,
-    TokenPair,
     pack_step,
     plan_step,
     step_shape,
@@ -58,27 +57,27 @@ class PackGroups:
             get_group,
             prompt_lengths=prompts,
             response_lengths=responses,
-            pairs=[self.pairs(i) for i in positions],
+            counted_lengths=[index.counted(i) for i in positions],
+            pairs=[index.pairs(i) for i in positions],
             shards=self.shards,
             pad_id=self.pad_id,
             with_ref=self.ref_lookup is not None,
         )
         return batch, waste(plan, self.shape)
 
-    def pairs(self, i: int) -> list[TokenPair]:
-        """The pairs of group i as the index knows them."""
-        own = slice(self.index.pair_offsets[i], self.index.pair_offsets[i + 1])
-        both = zip(self.index.chosen[own].tolist(), self.index.rejected[own].tolist(), strict=True)
-        return [TokenPair(w, l, 1.0, 1.0, 0.0) for w, l in both]
-
     def token_group(self, i: int) -> TokenGroup:
-        """The tokens of group i; DataError if the file changed since it was indexed."""
-        row = int(self.index.rows[i])
+        """The tokens of group i, with its mismatched response; DataError if the file changed since it was indexed."""
+        index, row = self.index, int(self.index.rows[i])
         group, _ = self.data.token_group(row)
-        if [len(r) for r in group.responses] != self.index.responses(i):
+        if index.mismatched is not None:
+            other, _ = self.data.token_group(int(index.mismatched[i]))
+            pairs = tuple(p._replace(rejected=len(group.responses)) for p in group.pairs)
+            masks = None if group.counted is None or other.counted is None else (*group.counted, other.counted[0])
+            group = group._replace(responses=(*group.responses, other.responses[0]), pairs=pairs, counted=masks)
+        if [len(r) for r in group.responses] != index.responses(i):
             raise DataError(f"{self.data.records.where(row)}: the row changed since it was indexed; start again")
         if self.ref_lookup is not None:
-            group = group._replace(ref_logps=self.ref_lookup(row, self.index.responses(i)))
+            group = group._replace(ref_logps=self.ref_lookup(row, index.responses(i)))
         return group
 
 

@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     def encode_continuation(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, token: int) -> str: ...
+    def piece_id(self, piece: str) -> int | None: ...
     def save(self, folder: pathlib.Path) -> None: ...
 
 
@@ -83,6 +84,10 @@ class SentencePieceTokenizer:
 
     def piece(self, token: int) -> str:
         return self._prompt.id_to_piece(int(token))
+
+    def piece_id(self, piece: str) -> int | None:
+        found = self._prompt.piece_to_id(piece)
+        return None if found == self._prompt.unk_id() and piece != self._prompt.id_to_piece(found) else found
 
     def save(self, folder: pathlib.Path) -> None:
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -144,6 +149,9 @@ class JsonTokenizer:
 
     def piece(self, token: int) -> str:
         return self._prompt.id_to_token(int(token)) or f"<{token}>"
+
+    def piece_id(self, piece: str) -> int | None:
+        return self._id(piece)
 
     def save(self, folder: pathlib.Path) -> None:
         for name in TOKENIZER_FILES:
@@ -261,8 +269,37 @@ def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, lim
     return ids[:limit], max(0, len(ids) - limit)
 
 
-def tokenize(group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int) -> tuple[TokenGroup, Cut]:
-    """Token ids of a group.
+def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids of comma-separated pieces. Raises ConfigError for one that the tokenizer does not have."""
+    wanted = [n for n in names.split(",") if n]
+    if wanted and tokenizer is None:
+        raise ConfigError(f"data.mask_tokens={names!r}: the rows are token ids; give them chosen_mask and rejected_mask columns")
+    found = {}
+    for name in wanted:
+        assert tokenizer is not None
+        piece = tokenizer.piece_id(name)
+        if piece is None:
+            raise ConfigError(f"data.mask_tokens: the tokenizer has no piece {name!r}")
+        found[name] = piece
+    return frozenset(found.values())
+
+
+def _counted(responses, masks: Sequence[Sequence[int]] | None, masked: frozenset[int]) -> tuple[np.ndarray, ...] | None:
+    """Which tokens of each response count: those that neither the row nor the settings mask."""
+    if not masked and masks is None:
+        return None
+    counted = tuple(~np.isin(r, list(masked)) for r in responses)
+    if masks is not None:
+        counted = tuple(c & np.asarray(m, bool) for c, m in zip(counted, masks, strict=True))
+    if not all(c.any() for c in counted):
+        raise Dropped("all_masked")
+    return counted
+
+
+def tokenize(
+    group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int, masked: frozenset[int] = frozenset()
+) -> tuple[TokenGroup, Cut]:
+    """Token ids of a group; `masked` are the ids of formatting tokens.
 
     Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from.
     """
@@ -270,7 +307,9 @@ def tokenize(group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int
     responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
     if not prompt:
         raise Dropped("empty_prompt")
-    responses, pairs, reasons = keep_sound(responses, group.pairs, had_pairs=bool(group.pairs))
-    arrays = tuple(np.asarray(r, np.int32) for r in responses)
-    cut = Cut(prompt_cut, cuts, group.dropped + reasons)
-    return TokenGroup(np.asarray(prompt, np.int32), arrays, pairs, row), cut
+    sound = keep_sound(responses, group.pairs, had_pairs=bool(group.pairs))
+    arrays = tuple(np.asarray(r, np.int32) for r in sound.responses)
+    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons)
+    masks = None if group.masks is None else [group.masks[i] for i in sound.kept]
+    counted = _counted(arrays, masks, masked)
+    return TokenGroup(np.asarray(prompt, np.int32), arrays, sound.pairs, row, counted=counted), cut

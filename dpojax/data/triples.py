@@ -6,8 +6,10 @@ Shapes of rows, told apart by their columns:
   transcripts  chosen, rejected                               whole "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
   messages     chosen, rejected [, prompt]                    lists of {role, content}
   ranked       prompt, responses, scores | ranks              K responses; pairs of every two that differ
-  token ids    prompt_ids, chosen_ids, rejected_ids           used as they are
+  token ids    prompt_ids, chosen_ids, rejected_ids           used as they are; chosen_mask, rejected_mask: 0 at
+                                                              formatting tokens
   completion   prompt, completion | response | completions    no pair: for the SFT stage; completions is a list
+  unpaired     the same with label | labels                   true or false, for KTO; pairs serve as two of these
 
 Optional with a pair: weight, soft_label, and score_chosen with score_rejected (or margin).
 """
@@ -31,6 +33,8 @@ DROPPED = {
     "role_order": "a dialogue does not end in an assistant's answer to somebody",
     "no_preference": "no two responses have different scores",
     "conflicting_scores": "equal responses have different scores",
+    "all_masked": "a response holds nothing but formatting tokens",
+    "undesirable": "the response is labelled as a bad one, and SFT learns good ones",
 }
 
 
@@ -49,10 +53,20 @@ class Group(NamedTuple):
     responses: tuple[str | tuple[int, ...], ...]
     pairs: tuple[TokenPair, ...]
     dropped: tuple[str, ...] = ()  # the reason of each pair that was left out, keys of DROPPED
+    masks: tuple[tuple[int, ...], ...] | None = None  # of each response's ids: 0 at formatting tokens
 
 
-def keep_sound(responses: Sequence, pairs: Sequence[TokenPair], *, had_pairs: bool) -> tuple[tuple, tuple, tuple[str, ...]]:
-    """Leaves out empty responses with their pairs, and pairs of equal responses: (responses, pairs, reasons).
+class Sound(NamedTuple):
+    """What `keep_sound` kept, and the reason of each pair that it left out."""
+
+    responses: tuple
+    pairs: tuple[TokenPair, ...]
+    reasons: tuple[str, ...]
+    kept: tuple[int, ...]  # which of the responses stayed
+
+
+def keep_sound(responses: Sequence, pairs: Sequence[TokenPair], *, had_pairs: bool) -> Sound:
+    """Leaves out empty responses with their pairs, and pairs of equal responses.
 
     Raises: Dropped if nothing is left: no response, or no pair of a group that had some.
     """
@@ -61,7 +75,7 @@ def keep_sound(responses: Sequence, pairs: Sequence[TokenPair], *, had_pairs: bo
     for p in pairs:
         if p.chosen in empty or p.rejected in empty:
             reasons.append("empty_response")
-        elif responses[p.chosen] == responses[p.rejected]:
+        elif p.chosen != p.rejected and responses[p.chosen] == responses[p.rejected]:
             reasons.append("identical")
         else:
             kept.append(p)
@@ -73,7 +87,7 @@ def keep_sound(responses: Sequence, pairs: Sequence[TokenPair], *, had_pairs: bo
         raise Dropped(reasons[0] if reasons else "empty_response")
     place = {old: new for new, old in enumerate(used)}
     moved = tuple(p._replace(chosen=place[p.chosen], rejected=place[p.rejected]) for p in kept)
-    return tuple(responses[i] for i in used), moved, tuple(reasons)
+    return Sound(tuple(responses[i] for i in used), moved, tuple(reasons), tuple(used))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +95,7 @@ class RowReader:
     """How rows become groups."""
 
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
-    responses_only: bool = False  # for the SFT stage: keep the chosen response, drop the pair
+    kind: str = "pairs"  # "sft": only the chosen response; "unpaired": a label for each response
 
     def read(self, row: Row, where: str) -> Group:
         """The group of a row.
@@ -92,6 +106,10 @@ class RowReader:
           ConfigError: message lists without data.prompt_template.
         """
         group = _read_row(row, where, self.prompt_template)
+        if self.kind == "unpaired" and group.pairs:
+            group = _unpair(group, where)
+        elif self.kind != "pairs" and not group.pairs:
+            group = _label(group, row, where, self.kind)
         if isinstance(group.prompt, str):
             if not group.prompt.strip():
                 raise Dropped("empty_prompt")
@@ -99,9 +117,10 @@ class RowReader:
                 group = group._replace(prompt=self.prompt_template.format(prompt=group.prompt))
         elif not group.prompt:
             raise Dropped("empty_prompt")
-        responses, pairs, reasons = keep_sound(group.responses, group.pairs, had_pairs=bool(group.pairs))
-        group = Group(group.prompt, responses, pairs, group.dropped + reasons)
-        if self.responses_only and group.pairs:
+        sound = keep_sound(group.responses, group.pairs, had_pairs=bool(group.pairs))
+        masks = None if group.masks is None else tuple(group.masks[i] for i in sound.kept)
+        group = Group(group.prompt, sound.responses, sound.pairs, group.dropped + sound.reasons, masks)
+        if self.kind == "sft" and group.pairs:
             never_rejected = {p.chosen for p in group.pairs} - {p.rejected for p in group.pairs}
             best = min(never_rejected or {group.pairs[0].chosen})
             return Group(group.prompt, (group.responses[best],), ())
@@ -112,7 +131,7 @@ def _read_row(row: Row, where: str, template: str) -> Group:
     row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one: joined tables have them
     if "prompt_ids" in row or "chosen_ids" in row:
         ids = [_ids(row, key, where) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
-        return Group(ids[0], tuple(ids[1:]), (_pair(row, where),))
+        return Group(ids[0], tuple(ids[1:]), (_pair(row, where),), masks=_masks(row, ids[1:], where))
     if "responses" in row:
         return _ranked(row, where)
     if "completions" in row and "chosen" not in row:
@@ -153,6 +172,52 @@ def _ids(row: Row, key: str, where: str) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
         raise DataError(f"{where}: column {key!r} holds something else than token ids")
     return tuple(value)
+
+
+def _masks(row: Row, responses: Sequence[tuple[int, ...]], where: str) -> tuple[tuple[int, ...], ...] | None:
+    """The columns chosen_mask and rejected_mask: 0 or 1 for every id; None if there are none."""
+    keys = ("chosen_mask", "rejected_mask")
+    if not any(key in row for key in keys):
+        return None
+    masks = []
+    for key, ids in zip(keys, responses, strict=True):
+        value = row.get(key, [1] * len(ids))
+        if not isinstance(value, Sequence) or len(value) != len(ids) or not all(v in (0, 1) for v in value):
+            raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must hold 0 or 1 for each of the {len(ids)} ids")
+        masks.append(tuple(map(int, value)))
+    return tuple(masks)
+
+
+def _unpair(group: Group, where: str) -> Group:
+    """A pair as two labelled responses."""
+    if len(group.pairs) != 1:
+        raise DataError(f"{where}: ranked responses have no label; give them a column 'labels', or use a pairwise objective")
+    (p,) = group.pairs
+    if group.responses[p.chosen] == group.responses[p.rejected]:
+        raise Dropped("identical")
+    both = [TokenPair(i, i, p.weight, label, 0.0) for i, label in ((p.chosen, 1.0), (p.rejected, 0.0))]
+    return group._replace(pairs=tuple(both))
+
+
+def _label(group: Group, row: Row, where: str, kind: str) -> Group:
+    """Completions with their labels: examples for an unpaired objective, and the good ones for SFT."""
+    key = "labels" if "completions" in row else "label"
+    if row.get(key) is None:
+        if kind == "sft":
+            return group
+        raise DataError(f"{where}: column {key!r} is missing; an unpaired objective needs it for every response")
+    labels, texts = (row[key], row["completions"]) if key == "labels" else ([row[key]], list(group.responses))
+    if not isinstance(labels, list) or len(labels) != len(texts) or not all(v in (0, 1) for v in labels):
+        raise DataError(f"{where}: column {key!r} is {row[key]!r:.60}; it must be true or false for each of {len(texts)} responses")
+    place = {text: i for i, text in enumerate(group.responses)}
+    if kind == "sft":
+        good = tuple(dict.fromkeys(t for t, label in zip(texts, labels, strict=True) if label))
+        if not good:
+            raise Dropped("undesirable")
+        return group._replace(responses=good)
+    weight = _number(row, "weight", where, 1.0)
+    examples = [TokenPair(place[t], place[t], weight, float(v), 0.0) for t, v in zip(texts, labels, strict=True)]
+    return group._replace(pairs=tuple(examples))
 
 
 def _number(row: Row, key: str, where: str, default: float) -> float:

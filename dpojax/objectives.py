@@ -1,0 +1,303 @@
+"""A name with settings -> Loss: what training minimises, as a pure function of two models' log-probs.
+
+A name is a row of `losses.OBJECTIVES`, a user's own function (module:function or file.py:function), or a weighted
+sum of both, `0.8*sigmoid+0.2*bco_pair+1*sft`; a factor `wpo` weights a term's pairs by their probability under the
+policy (Zhou et al. 2024, arXiv:2406.11827). `mpo` and `wpo` alone are the sums that their papers use.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from dpojax.functions import load_function
+from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, sft_loss
+
+SHORTHANDS = {
+    "mpo": "0.8*sigmoid+0.2*bco_pair+1*sft",  # Wang et al. 2024, arXiv:2411.10442
+    "wpo": "wpo*sigmoid",
+}
+
+# What an unset setting means. Only neutral values, and the one constant of a paper that has no reason to vary (tau).
+NEUTRAL = {
+    "label_smoothing": 0.0,
+    "average": True,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "sft_normalize": "token",
+}
+RECIPES = {  # said where a setting is missing
+    "alpha": "r_dpo .01 to .5, odpo 1, tdpo2 .5, ld_dpo .5, cpo 1, tr_dpo .6",
+    "beta": "mostly .01 to .5",
+    "dpop_lambda": "50",
+    "f_alpha": ".5",
+    "gamma": "simpo: .1 to .8 of beta",
+    "label_smoothing": "exo_pair 1e-3, robust .1",
+    "orpo_lambda": ".1",
+    "tau": "discopop .05, tr_dpo 512 steps",
+}
+
+_MOVING = ("alpha", "tau")  # what a moving reference takes besides its function's settings
+Test = tuple[Callable[[Any], bool], str]
+_FINITE: Test = (math.isfinite, "a finite number")
+_AT_LEAST_0: Test = (lambda v: math.isfinite(v) and v >= 0, "a finite number >= 0")
+_OVER_0: Test = (lambda v: math.isfinite(v) and v > 0, "a finite number > 0")
+# Valid ranges: name -> (test, what it must be). Rows of OBJECTIVES may ask for more.
+RANGES: dict[str, Test] = {
+    "beta": _OVER_0,
+    "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
+    "average": (lambda v: isinstance(v, bool), "True or False"),
+    "tau": _OVER_0,
+    "gamma": _AT_LEAST_0,
+    "alpha": _AT_LEAST_0,
+    "dpop_lambda": _AT_LEAST_0,
+    "orpo_lambda": _AT_LEAST_0,
+    "desirable_weight": _AT_LEAST_0,
+    "undesirable_weight": _AT_LEAST_0,
+    "f_divergence": (lambda v: v in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"),
+    "f_alpha": _FINITE,
+    "sft_weight": _AT_LEAST_0,
+    "sft_normalize": (lambda v: v in ("token", "pair"), "'token' or 'pair'"),
+}
+
+
+class LossOutput(NamedTuple):
+    """Per-pair results. All but the loss are for logging and carry no gradient."""
+
+    loss: Float[Array, "B"]
+    chosen_rewards: Float[Array, "B"]  # beta log pi(y_w|x)/ref(y_w|x); beta log pi(y_w|x) without reference
+    rejected_rewards: Float[Array, "B"]
+    margin: Float[Array, "B"]  # what the objective trains upwards
+
+
+class Term(NamedTuple):
+    """One summand of a loss."""
+
+    name: str
+    weight: float
+    wpo: bool
+    objective: Objective
+    settings: dict[str, Any]  # the function's keyword arguments
+    moving: tuple[float, int] | None  # (alpha, tau)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+    """(policy, ref, info=None) -> LossOutput, and what it needs. Made by `make_loss`."""
+
+    name: str
+    terms: tuple[Term, ...]
+    reward_scale: float  # beta
+    f_divergence: str
+    f_alpha: float
+
+    def needs(self, what: str) -> bool:
+        """Whether some term needs `what`: a key of `Objective.needs`, or "wpo"."""
+        return any(what in t.objective.needs or (what == "wpo" and t.wpo) for t in self.terms)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the step."""
+        return any(t.objective.coupled for t in self.terms)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether it takes labelled responses instead of pairs."""
+        return self.terms[0].objective.data == "unpaired"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss itself depends on a reference."""
+        return any(t.objective.reference != "none" for t in self.terms)
+
+    @property
+    def needs_live_reference(self) -> bool:
+        """Whether the reference's parameters must be at hand in every step."""
+        return any(t.objective.reference in ("live", "moving") for t in self.terms)
+
+    @property
+    def moving(self) -> tuple[float, int] | None:
+        """(alpha, tau) of a moving reference: every tau steps ref <- alpha pi + (1 - alpha) ref."""
+        return next((t.moving for t in self.terms if t.moving), None)
+
+    @property
+    def source(self) -> str:
+        """Changes with the code of a user's own function."""
+        own = [t.objective.function for t in self.terms if t.name not in OBJECTIVES]
+        return hashlib.sha256("".join(map(inspect.getsource, own)).encode()).hexdigest()[:16] if own else ""
+
+    def __call__(self, policy: PairLogps, ref: PairLogps | None, info: PairInfo | None = None) -> LossOutput:
+        """The loss of B pairs, weighted by their weights, and what is logged of them.
+
+        Args:
+          policy: log-probs of both responses under the policy. [B] each, nats.
+          ref: under the reference, or None where there is none.
+          info: what else is known of the pairs; None: nothing, and no padding.
+        """
+        info = PairInfo() if info is None else info
+        ref = jax.lax.stop_gradient(ref)  # the one place where the reference is cut off
+        pairs = self._pairs(policy, ref, info)
+        value = sum(t.weight * self._term(t, pairs) for t in self.terms)
+        assert isinstance(value, jax.Array | np.ndarray)
+        if info.weight is not None:
+            value = value * info.weight
+        plain = jax.lax.stop_gradient(self._pairs(policy, ref, info, plain=True))
+        main = self.terms[0]
+        margin = main.objective.margin(plain, main.settings)
+        return LossOutput(value, self.reward_scale * plain.a, self.reward_scale * plain.b, margin)
+
+    def _pairs(self, policy: PairLogps, ref: PairLogps | None, info: PairInfo, *, plain: bool = False) -> Pairs:
+        a, b = (policy.chosen, policy.rejected) if ref is None else (policy.chosen - ref.chosen, policy.rejected - ref.rejected)
+        if not plain:
+            a, b = (F_DIVERGENCES[self.f_divergence](v, self.f_alpha) for v in (a, b))
+        return Pairs(a, b, policy, ref, info)
+
+    def _term(self, term: Term, x: Pairs) -> Array:
+        objective, p = term.objective, x.info.soft_label
+        value = objective.function(x, **term.settings)
+        # A soft label is the share of the pair that was labelled in this order. Where the step's pairs are coupled, or the
+        # label means something else, there is no such share.
+        if p is not None and objective.data == "pairs" and not objective.coupled and objective.function is not sft_loss:
+            info = x.info
+            if info.margin is not None:
+                info = info._replace(margin=abs(info.margin))  # the offset is that of the pair, in both orders
+            other = Pairs(x.b, x.a, x.policy.swapped(), None if x.ref is None else x.ref.swapped(), info)
+            value = p * value + (1 - p) * objective.function(other, **term.settings)
+        if term.wpo:
+            assert x.policy.chosen_weight is not None, "wpo needs the policy's token weights"
+            value = value * jax.lax.stop_gradient(x.policy.chosen_weight * x.policy.rejected_weight)
+        return value
+
+    def at_reference(self, policy: PairLogps, info: PairInfo) -> np.ndarray | None:
+        """The per-pair loss in closed form where policy == reference, in float64; None if a term has none.
+
+        Args:
+          policy, info: numpy arrays, flat, without padding. Weights and soft labels are left out.
+        """
+        zero = np.zeros(np.shape(policy.chosen))
+        pairs: Any = Pairs(zero, zero, policy, policy, info)  # numpy arrays throughout
+        total = zero
+        for t in self.terms:
+            if t.objective.at_reference is None:
+                return None
+            value = t.objective.at_reference(pairs, t.settings)
+            if t.wpo:
+                value = value * np.asarray(policy.chosen_weight) * np.asarray(policy.rejected_weight)
+            total = total + t.weight * value
+        return total
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only arguments of a loss function with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _parse(name: str) -> list[tuple[float, bool, str]]:
+    """A name as summands: (weight, whether wpo, objective)."""
+    found = []
+    for text in SHORTHANDS.get(name, name).split("+"):
+        *factors, objective = (part.strip() for part in text.split("*"))
+        weight, wpo = 1.0, False
+        for factor in factors:
+            if factor == "wpo":
+                wpo = True
+                continue
+            try:
+                weight *= float(factor)
+            except ValueError as error:
+                raise ValueError(f"loss.name is {name!r}: {factor!r} is neither a number nor wpo") from error
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"loss.name is {name!r}: the weight of {objective} is {weight}; it must be > 0")
+        found.append((weight, wpo, objective))
+    return found
+
+
+def _find(name: str) -> Objective:
+    """The row of OBJECTIVES, or a row for the user's own function."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if ":" in name:
+        found = load_function(name, "loss.name", kind=Objective)
+        return found if isinstance(found, Objective) else Objective(found)
+    own = [*OBJECTIVES, *SHORTHANDS]
+    raise ValueError(
+        f"loss.name is {name!r}; it must be one of {', '.join(own)}, a sum like 0.8*sigmoid+0.2*bco_pair, or your own module:function"
+    )
+
+
+def _check_range(key: str, value: Any, test: Test) -> None:
+    try:
+        valid = test[0](value)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"loss.{key} is {value!r}; it must be {test[1]}")
+
+
+def _check_together(name: str, terms: list[Term], f_divergence: str) -> None:
+    """Raises ValueError for terms that cannot be summed, and an f-divergence that a term does not take."""
+    if len({t.objective.data for t in terms}) > 1 or (terms[0].objective.data == "unpaired" and any(t.wpo for t in terms)):
+        raise ValueError(f"loss.name is {name!r}: unpaired objectives stand alone, without wpo and without an SFT term")
+    moving = {t.moving for t in terms if t.moving}
+    others = [t.name for t in terms if t.objective.reference == "live"]
+    if moving and others:
+        raise ValueError(f"loss.name is {name!r}: {others[0]} needs a fixed reference; a tr_ objective moves it")
+    if f_divergence != "reverse_kl":
+        for t in terms:
+            if t.objective.function is not sft_loss and not t.objective.f_divergence:
+                takes = ", ".join(k for k, v in OBJECTIVES.items() if v.f_divergence)
+                raise ValueError(f"loss.f_divergence is {f_divergence!r}, but {t.name} takes none; these do: {takes}")
+
+
+def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings: Any) -> Loss:
+    """The loss that a config names.
+
+    Args:
+      name: see the module's docstring.
+      extra: settings of a user's own function that no objective of ours has.
+      **settings: fields of config.loss; None means unset. `sft_weight` adds that much of the SFT loss.
+    Raises: ValueError for an unknown name, a setting that no term takes, one out of range, or one that is missing.
+    """
+    given = {k: v for k, v in settings.items() if v is not None}
+    given |= dict(extra or {})
+    summands = _parse(name)
+    if given.get("sft_weight"):
+        summands.append((given["sft_weight"], False, "sft"))
+    rows = [(weight, wpo, own, _find(own)) for weight, wpo, own in summands]
+    takes = {"sft_weight", "f_divergence"} | {k for _, _, _, row in rows for k in _keywords(row.function)}
+    takes |= set(_MOVING) if any(row.reference == "moving" for *_, row in rows) else set()
+    if given.get("f_divergence") == "alpha":
+        takes |= {"f_alpha"}
+    for key, value in given.items():
+        if key not in takes:
+            listed = ", ".join(sorted(takes))
+            raise ValueError(f"loss.{key} is {value!r}, but {name} takes only {listed}; leave it unset (None)")
+        _check_range(key, value, RANGES.get(key, _FINITE))
+    if given.get("f_divergence") == "alpha" and "f_alpha" not in given:
+        raise ValueError(f"loss.f_alpha is not set; the alpha divergence needs it (recipe: {RECIPES['f_alpha']})")
+
+    terms = []
+    for weight, wpo, own, row in rows:
+        keys = {k: NEUTRAL.get(k, default) for k, default in _keywords(row.function).items()}
+        if row.reference == "moving":
+            keys |= dict.fromkeys(_MOVING, inspect.Parameter.empty)
+        full = {k: given.get(k, default) for k, default in keys.items()}
+        for key, value in full.items():
+            if value is inspect.Parameter.empty:
+                recipe = f" (recipe: {RECIPES[key]})" if key in RECIPES else ""
+                raise ValueError(f"loss.{key} is not set; {own} needs it{recipe}")
+            if key in row.ranges:
+                _check_range(key, value, row.ranges[key])
+        moving = (float(full.pop("alpha")), int(full.pop("tau"))) if row.reference == "moving" else None
+        terms.append(Term(own, weight, wpo, row, full, moving))
+    f_divergence = given.get("f_divergence", "reverse_kl")
+    _check_together(name, terms, f_divergence)
+    scale = next((t.settings["beta"] for t in terms if "beta" in t.settings), given.get("orpo_lambda", 1.0))
+    return Loss(name, tuple(terms), float(scale), f_divergence, float(given.get("f_alpha", 1.0)))
