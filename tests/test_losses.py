@@ -1,39 +1,125 @@
-"""Objectives against closed forms, finite differences, hand-written gradients and their exact optima."""
+"""Objectives against TRL's frozen numbers, their exact optima, hand-written gradients, finite differences and symmetries."""
 
+import functools
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objective_cases as cases
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from runs import ROOT
 
-from dpojax.losses import OBJECTIVES, PairInfo, PairLogps, closed_form, dpo_gradient, make_loss
+from dpojax.losses import OBJECTIVES, PairInfo, PairLogps, dpo_gradient
+from dpojax.objectives import make_loss
 
-SETTINGS = {"sigmoid": {"beta": 0.1}, "ipo": {"beta": 0.1}, "hinge": {"beta": 0.05}}
+CASES = pytest.mark.parametrize("label", cases.CASES)
 
 
-def pair(chosen, rejected, chosen_lengths=None, rejected_lengths=None):
+def loss_of(label):
+    case = cases.CASES[label]
+    return make_loss(case.name, **case.settings)
+
+
+def pair(chosen, rejected, lengths=(1, 1), *, everything=False):
+    """Log-probs of pairs; with `everything`, also what the objectives that look inside a response read."""
     chosen, rejected = jnp.atleast_1d(jnp.asarray(chosen)), jnp.atleast_1d(jnp.asarray(rejected))
-    ones = jnp.ones(chosen.shape, jnp.int32)
-    lengths = [ones if x is None else jnp.asarray(x) for x in (chosen_lengths, rejected_lengths)]
-    return PairLogps(chosen, rejected, *lengths)
+    sizes = [jnp.broadcast_to(jnp.asarray(n, jnp.int32), chosen.shape) for n in lengths]
+    found = PairLogps(chosen, rejected, *sizes)
+    if not everything:
+        return found
+    heads = dict(chosen_head=0.6 * chosen, rejected_head=0.7 * rejected)
+    kl = dict(chosen_kl=0.1 * chosen**2 / 100, rejected_kl=0.05 * rejected**2 / 100)
+    weight = dict(chosen_weight=jnp.full_like(chosen, 0.8), rejected_weight=jnp.full_like(chosen, 0.5))
+    return found._replace(**heads, **kl, **weight)
 
 
-def random_pairs(seed, n=16):
+def info_of(n, dtype=np.float64):
+    rng = np.random.default_rng(1)
+    margin, label = rng.uniform(0.5, 2, n).astype(dtype), (np.arange(n) % 3 > 0).astype(dtype)
+    return lambda loss: PairInfo(
+        margin=jnp.asarray(margin),
+        soft_label=jnp.asarray(label if loss.unpaired else np.ones_like(label)),
+        mean_chosen_length=jnp.asarray(4.0, dtype),
+        valid=jnp.ones(n, bool),
+        shift=jnp.asarray(0.1, dtype),
+    )
+
+
+def random_pairs(seed, n=16, dtype=np.float32, everything=False):
     rng = np.random.default_rng(seed)
     lengths = [rng.integers(1, 20, n) for _ in range(2)]
-    policy, ref = (pair(*rng.normal(-30, 5, (2, n)).astype(np.float32), *lengths) for _ in range(2))
-    return policy, ref
+    return tuple(pair(*rng.normal(-30, 5, (2, n)).astype(dtype), lengths, everything=everything) for _ in range(2))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_value_at_policy_equal_reference_is_the_closed_form(name):
-    policy, _ = random_pairs(0)
-    loss = make_loss(name, **SETTINGS[name])(policy, policy).loss
-    np.testing.assert_allclose(loss, closed_form(name, **SETTINGS[name]), rtol=1e-6)
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", cases.FROZEN["losses"])
+def test_values_and_gradients_are_trls(label):
+    value, gradient = cases.trl_error(label)
+    # TRL computes the alpha divergence and ORPO's odds in float32, and exo_pair's log(1 - e) of a float32 e.
+    bound = 1e-5 if label.endswith("alpha") else 1e-6
+    assert value < bound and gradient < bound, (value, gradient)
+
+
+has_oracles = all(importlib.util.find_spec(m) for m in ("torch", "trl"))
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not has_oracles, reason="torch and TRL are not installed: pip install .[parity]")
+def test_trl_still_gives_the_frozen_objectives(tmp_path):
+    out = tmp_path / "trl.json"
+    argv = [sys.executable, "tests/trl_objectives.py", str(out)]
+    done = subprocess.run(argv, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())["losses"]
+    assert set(found) == set(cases.FROZEN["losses"])
+    for label, frozen in cases.FROZEN["losses"].items():
+        np.testing.assert_allclose(found[label]["loss"], frozen["loss"], rtol=1e-6, err_msg=label)
+
+
+def test_where_dpojax_differs_from_trl_on_purpose():
+    policy, ref = random_pairs(0)
+    # cDPO: TRL 1.16 ignores label_smoothing under loss_type="sigmoid"; here it is Eq. 3 of the cDPO note.
+    smoothed, plain = (make_loss("sigmoid", beta=0.1, label_smoothing=e)(policy, ref).loss for e in (0.1, 0.0))
+    flipped = make_loss("sigmoid", beta=0.1)(policy.swapped(), ref.swapped()).loss
+    np.testing.assert_allclose(smoothed, 0.9 * plain + 0.1 * flipped, rtol=1e-5)
+    # AOT: TRL sorts each device's micro-batch; here the whole step's, which another cut of it cannot change.
+    whole = make_loss("aot", beta=0.1)(policy, ref).loss.mean()
+    cut = lambda x, s: jax.tree.map(lambda v: v[s], x)
+    halves = [make_loss("aot", beta=0.1)(cut(policy, s), cut(ref, s)).loss.mean() for s in (slice(8), slice(8, 16))]
+    assert abs(whole - sum(halves) / 2) > 1e-3
+    # A tie is half right: at policy == reference TRL's accuracy is 0.
+    from dpojax.train import _right
+
+    assert float(_right(make_loss("sigmoid", beta=0.1)(policy, policy).margin).mean()) == 0.5
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@CASES
+def test_value_at_policy_equal_reference_is_the_closed_form(label):
+    loss = loss_of(label)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        lengths = [rng.integers(5, 20, 16) for _ in range(2)]
+        policy = pair(*rng.uniform(-30, -5, (2, 16)), lengths, everything=True)
+        if loss.needs("kl"):  # it is 0 there
+            policy = policy._replace(chosen_kl=jnp.zeros(16), rejected_kl=jnp.zeros(16))
+        info = info_of(16)(loss)._replace(shift=jnp.asarray(0.0))
+        found = loss(policy, policy, info).loss
+    expected = loss.at_reference(*jax.tree.map(np.asarray, (policy, info)))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_sigmoid_is_eq_7_computed_in_plain_python():
@@ -45,6 +131,49 @@ def test_sigmoid_is_eq_7_computed_in_plain_python():
         assert math.isclose(found.chosen_rewards[i], 0.3 * float(policy.chosen[i] - ref.chosen[i]), rel_tol=1e-5)
 
 
+def _by_hand(label, a, b, heads, kl, lengths, margin):
+    """The objectives that TRL does not have, in plain Python, from their papers' equations."""
+    softplus = lambda z: math.log1p(math.exp(-z)) if z > -30 else -z  # -ls(z)
+    h, s = a - b, cases.CASES[label].settings
+    beta = s["beta"]
+    return {
+        "dpop": lambda: softplus(beta * (h - s["dpop_lambda"] * max(0.0, -a))),
+        "r_dpo": lambda: softplus(beta * h + s["alpha"] * (lengths[0] - lengths[1])),
+        "odpo": lambda: softplus(beta * h - s["alpha"] * math.log(margin)),
+        "tdpo1": lambda: softplus(beta * h - beta * (kl[1] - kl[0])),
+        "tdpo2": lambda: softplus(beta * h - s["alpha"] * beta * (kl[1] - kl[0])),
+        "bco_pair_shift": lambda: softplus(beta * a - 0.1) + softplus(-(beta * b - 0.1)),
+        "sigmoid, e .1 (cDPO)": lambda: 0.9 * softplus(beta * h) + 0.1 * softplus(-beta * h),
+        "ipo, summed": lambda: (h - 1 / (2 * beta)) ** 2,
+        "ld_dpo": lambda: softplus(
+            beta * (heads[0] + s["alpha"] * (a - heads[0]) - heads[1] - s["alpha"] * (b - heads[1]))
+        ),
+    }[label]()
+
+
+@pytest.mark.parametrize("label", ["dpop", "r_dpo", "odpo", "tdpo1", "tdpo2", "bco_pair_shift", "sigmoid, e .1 (cDPO)", "ipo, summed", "ld_dpo"])
+def test_objectives_without_an_oracle_in_trl_follow_their_equations(label):
+    with jax.enable_x64(True):
+        policy, ref = random_pairs(2, dtype=np.float64, everything=True)
+        loss = loss_of(label)
+        info = info_of(16)(loss)
+        found = loss(policy, ref, info).loss
+        for i in range(16):
+            at = lambda x, i=i: float(x[i])
+            a, b = at(policy.chosen) - at(ref.chosen), at(policy.rejected) - at(ref.rejected)
+            heads = at(policy.chosen_head) - at(ref.chosen_head), at(policy.rejected_head) - at(ref.rejected_head)
+            kl, lengths = (at(policy.chosen_kl), at(policy.rejected_kl)), (at(policy.chosen_lengths), at(policy.rejected_lengths))
+            assert math.isclose(at(found), _by_hand(label, a, b, heads, kl, lengths, at(info.margin)), rel_tol=1e-9)
+
+
+def test_tdpo2_stops_the_gradient_of_the_chosen_side_and_tdpo1_does_not():
+    policy, ref = random_pairs(2, everything=True)
+    for name, more, stopped in (("tdpo1", {}, False), ("tdpo2", {"alpha": 0.5}, True)):
+        loss = make_loss(name, beta=0.1, **more)
+        grad = jax.grad(lambda p, loss=loss: loss(p, ref).loss.sum(), allow_int=True)(policy)
+        assert bool(np.any(grad.chosen_kl)) != stopped and np.any(grad.rejected_kl)
+
+
 def test_eq_8_by_hand_equals_autodiff():
     policy, ref = random_pairs(2)
     loss = make_loss("sigmoid", beta=0.1)
@@ -54,68 +183,191 @@ def test_eq_8_by_hand_equals_autodiff():
     np.testing.assert_allclose(grad.rejected, by_hand[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradient_is_the_finite_difference(name):
+@CASES
+def test_gradient_is_the_finite_difference(label):
+    loss = loss_of(label)
     with jax.enable_x64(True):
-        policy, ref = random_pairs(3)
-        policy, ref = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), p) for p in (policy, ref))
-        loss = make_loss(name, **SETTINGS[name], sft_weight=0.2)
-        check_grads(lambda c, r: loss(policy._replace(chosen=c, rejected=r), ref).loss, policy[:2], order=1, modes=["rev"])
+        rng = np.random.default_rng(3)
+        lengths = [rng.integers(5, 20, 8) for _ in range(2)]
+        policy, ref = (pair(*(rng.uniform(-30, -10, (1, 8)) + rng.normal(0, 1, (2, 8))), lengths) for _ in range(2))
+        ref = policy._replace(chosen=policy.chosen + rng.normal(0, 1, 8), rejected=policy.rejected + rng.normal(0, 1, 8))
+        heads = lambda c, r: dict(chosen_head=0.6 * c, rejected_head=0.7 * r)
+        more = dict(chosen_kl=jnp.ones(8), rejected_kl=jnp.ones(8), chosen_weight=jnp.ones(8), rejected_weight=jnp.ones(8))
+        ref = ref._replace(**heads(ref.chosen, ref.rejected))
+        info = info_of(8)(loss)
+
+        def value(c, r):
+            c, r = jnp.asarray(c), jnp.asarray(r)
+            return loss(policy._replace(chosen=c, rejected=r, **heads(c, r), **more), ref, info).loss
+
+        if loss.unpaired:  # z0 has no gradient, by definition: only the labelled response is moved
+            check_grads(lambda c: value(c, policy.rejected), policy[:1], order=1, modes=["rev"])
+        else:
+            check_grads(value, policy[:2], order=1, modes=["rev"])
 
 
-def test_the_reference_gets_no_gradient():
+def test_the_reference_and_ktos_point_get_no_gradient():
     policy, ref = random_pairs(4)
     grad = jax.grad(lambda r: make_loss("sigmoid", beta=0.1)(policy, r).loss.sum(), allow_int=True)(ref)
     assert not np.any(grad.chosen) and not np.any(grad.rejected)
+    kto, info = make_loss("kto", beta=0.1), PairInfo(soft_label=jnp.asarray([0.0, 1.0] * 8))
+    above = policy._replace(rejected=ref.rejected + 3)  # z0 = 3
+    grad = jax.grad(lambda p: kto(p, ref, info).loss.sum(), allow_int=True)(above)
+    assert np.all(grad.chosen != 0) and not np.any(grad.rejected)
 
 
-def minimise(loss, p, *, smoothing=0.0):
-    """The h that minimises the population loss of one pair seen in both orders, by a fine grid."""
-    h = jnp.linspace(-60, 60, 240_001)
-    zero = jnp.zeros_like(h)
-    ref = pair(zero, zero)
-    value = p * loss(pair(h, zero), ref).loss + (1 - p) * loss(pair(zero, h), ref).loss
-    return float(h[jnp.argmin(value)])
+def test_ktos_point_is_the_mean_over_the_step_and_never_negative():
+    policy, ref = random_pairs(4)
+    kto, info = make_loss("kto", beta=0.1), PairInfo(soft_label=jnp.ones(16))
+    plain = jax.nn.sigmoid(-0.1 * (policy.chosen - ref.chosen))
+    below = kto(policy._replace(rejected=ref.rejected - 5), ref, info).loss
+    np.testing.assert_allclose(below, plain, rtol=1e-5)
+    above = kto(policy._replace(rejected=ref.rejected + 3), ref, info).loss
+    np.testing.assert_allclose(above, jax.nn.sigmoid(-0.1 * (policy.chosen - ref.chosen - 3)), rtol=1e-4)
+    padded = info._replace(valid=jnp.arange(16) < 15)
+    far = policy._replace(rejected=(ref.rejected + 3).at[15].set(1e6))  # padding holds anything
+    np.testing.assert_allclose(kto(far, ref, padded).loss[:15], above[:15], rtol=1e-4)
 
 
-@pytest.mark.parametrize("p", [0.6, 0.75, 0.9])
-def test_optima_of_the_population_loss(p):
+def test_padding_does_not_move_the_sorted_objectives():
+    policy, ref = random_pairs(5)
+    garbage = jax.tree.map(lambda x: jnp.concatenate([x, x[:4] * 100 if x.dtype == jnp.float32 else x[:4]]), (policy, ref))
+    for name in ("aot", "aot_unpaired"):
+        loss = make_loss(name, beta=0.1)
+        plain = loss(policy, ref).loss
+        padded = loss(*garbage, PairInfo(valid=jnp.arange(20) < 16)).loss
+        np.testing.assert_allclose(padded[:16], plain, rtol=1e-5)
+
+
+# --- optima -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [k for k, c in cases.CASES.items() if callable(c.optimum)])
+def test_the_population_loss_is_least_at_the_exact_optimum(label):
+    assert cases.optimum_distance(cases.CASES[label]) < 2e-3
+
+
+@pytest.mark.parametrize("p", [0.55, 0.9, 0.99])
+@pytest.mark.parametrize("label", ["sigmoid", "nca_pair", "bco_pair", "sppo_hard", "exo_pair", "hinge"])
+def test_optima_hold_for_other_preferences(label, p, monkeypatch):
+    monkeypatch.setattr(cases, "P", p)
+    case = cases.CASES[label]
+    if label == "sigmoid":
+        case = case._replace(optimum=lambda s, r: s["beta"] * (r[0] - r[1]) - cases.logit(p))
+    if label == "exo_pair":
+        case = case._replace(optimum=lambda s, r: s["beta"] * (r[0] - r[1]) - (2 * p - 1) * cases.logit(1 - 1e-3))
+    assert cases.optimum_distance(case._replace(p=p)) < 2e-3
+
+
+@pytest.mark.parametrize("label", ["apo_zero", "apo_down", "kto", "apo_zero_unpaired"])
+def test_objectives_without_a_finite_optimum_fall_all_the_way(label):
+    loss, ref = loss_of(label), np.log([0.5, 0.5])
+    preferences = np.array([0.75, 0.25]) if loss.unpaired else np.array([[0.5, 0.75], [0.25, 0.5]])
+    value = cases.exact.make_population_loss(loss, ref, preferences)
+    # apo_down pushes the winning side down too, only less
+    way = np.array([-1.0, -3.0]) if label == "apo_down" else np.array([1.0, -1.0])
+    found = [value(ref + way * size)[0] for size in (0, 5, 20, 80, 300)]
+    assert all(x > y for x, y in zip(found, found[1:], strict=False))
+
+
+def test_discopop_has_a_local_minimum_of_the_wrong_sign():
+    loss = loss_of("discopop")  # at p = 1, near z = -0.119
+    z = np.linspace(-0.3, 0.3, 2001)
+    zero = np.zeros_like(z, np.float32)
+    value = np.asarray(loss(pair(np.float32(z / 0.05), zero), pair(zero, zero)).loss)
+    inside = value[1:-1]
+    minima = z[1:-1][(inside < value[:-2]) & (inside < value[2:])]
+    assert any(abs(m + 0.119) < 2e-3 for m in minima)
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+VALUES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8)
+
+
+@functools.cache
+def _value_and_gradient(label, dtype):
+    loss = loss_of(label)
+
+    def run(a, b, lengths):
+        zero = jnp.zeros_like(a)
+        # Log-probs are at most 0: the reference is as likely as the policy may become.
+        policy = pair(a - 1e4, b - 1e4, lengths, everything=True)
+        policy = policy._replace(chosen_kl=jnp.abs(a), rejected_kl=jnp.abs(b))
+        ref = pair(zero - 1e4, zero - 1e4, lengths, everything=True)
+        info = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.kind == "f" else x, info_of(8, np.float32)(loss))
+        return loss(policy, ref, info).loss
+
+    return jax.jit(jax.value_and_grad(lambda a, b, n: run(a, b, n).astype(jnp.float32).sum(), argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@CASES
+def test_extreme_log_ratios_stay_finite(label, dtype):
+    @settings(deadline=None, max_examples=15)
+    @given(VALUES, VALUES)
+    def check(a, b):
+        found = _value_and_gradient(label, dtype)(jnp.asarray(a, dtype), jnp.asarray(b, dtype), (jnp.int32(3), jnp.int32(5)))
+        assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(found))
+
+    check()
+    ends = jnp.asarray([1e4, -1e4, 1e4, -1e4, 0, 1e-3, -80, 80], dtype), jnp.asarray([1e4, 1e4, -1e4, -1e4, 0, 0, 80, -80], dtype)
+    found = _value_and_gradient(label, dtype)(*ends, (jnp.int32(1), jnp.int32(1)))
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(found))
+
+
+NATS = st.floats(-50, 50, width=32)
+DIFFERENCES = ["sigmoid", "robust", "hinge", "ipo, summed", "exo_pair", "discopop", "odpo", "r_dpo", "sigmoid, e .1 (cDPO)"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(NATS, NATS, st.floats(0, 1, width=32), st.sampled_from([k for k, c in cases.CASES.items() if c.name in ("sigmoid", "ipo", "hinge", "nca_pair", "sppo_hard", "simpo", "r_dpo", "exo_pair", "dpop")]))
+def test_swapping_the_responses_swaps_the_soft_label(a, b, p, label):
+    loss, zero = loss_of(label), pair(0.0, 0.0, (3, 5))
+    policy = pair(np.float32(a), np.float32(b), (3, 5))
+    one = loss(policy, zero, PairInfo(soft_label=jnp.asarray([p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))).loss
+    info = PairInfo(soft_label=jnp.asarray([1 - p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
+    other = loss(policy.swapped(), zero.swapped(), info).loss
+    if not cases.CASES[label].settings.get("sft_weight"):  # an SFT term learns the chosen side, whatever the label
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(NATS, NATS, st.floats(-20, 20, width=32), st.sampled_from(DIFFERENCES))
+def test_a_shift_of_both_log_ratios_changes_no_difference_loss(a, b, shift, label):
+    """What depends on x alone, as log Z(x) or a reward's offset, cancels."""
+    loss, ref, info = loss_of(label), pair(0.0, 0.0, (3, 5)), PairInfo(margin=jnp.full(1, 1.5))
     with jax.enable_x64(True):
-        logit = math.log(p / (1 - p))
-        assert abs(0.1 * minimise(make_loss("sigmoid", beta=0.1), p) - logit) < 2e-3
-        e = 0.1
-        noisy = (1 - e) * p + e * (1 - p)
-        found = 0.1 * minimise(make_loss("sigmoid", beta=0.1, label_smoothing=e), p)
-        assert abs(found - math.log(noisy / (1 - noisy))) < 2e-3
-        assert abs(minimise(make_loss("ipo", beta=0.1), p) - (2 * p - 1) / 0.2) < 2e-3
-        assert abs(0.1 * minimise(make_loss("hinge", beta=0.1), p) - 1) < 2e-3
+        plain, moved = (loss(pair(np.float64(a) + s, np.float64(b) + s, (3, 5)), ref, info).loss for s in (0.0, shift))
+        np.testing.assert_allclose(plain, moved, rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None)
-@given(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4), st.sampled_from(sorted(OBJECTIVES)))
-def test_extreme_log_ratios_stay_finite(a, b, name):
-    policy, ref = pair(np.float32(a), np.float32(b)), pair(np.float32(0), np.float32(0))
-    loss = make_loss(name, **SETTINGS[name])
-    value, grad = jax.value_and_grad(lambda p: loss(p, ref).loss.sum(), allow_int=True)(policy)
-    assert np.isfinite(value) and np.isfinite(grad.chosen).all() and np.isfinite(grad.rejected).all()
+@settings(deadline=None, max_examples=60)
+@given(NATS, NATS, st.floats(0.0625, 5, width=32), st.sampled_from(["sigmoid", "hinge", "nca_pair", "bco_pair", "apo_zero", "apo_down", "tdpo1"]))
+def test_beta_only_scales_the_log_ratios(a, b, beta, name):
+    with jax.enable_x64(True):
+        ref = pair(0.0, 0.0, everything=True)
+        policy = lambda s: pair(np.float64(a) * s, np.float64(b) * s)._replace(chosen_kl=jnp.ones(1) * s, rejected_kl=2 * jnp.ones(1) * s)
+        scaled, unit = make_loss(name, beta=beta)(policy(1.0), ref).loss, make_loss(name, beta=1.0)(policy(beta), ref).loss
+        np.testing.assert_allclose(scaled, unit, rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None)
-@given(st.floats(-50, 50), st.floats(-50, 50))
-def test_soft_label_is_the_weighted_mean_of_both_orders(a, b):
-    policy, ref = pair(np.float32(a), np.float32(b)), pair(np.float32(0), np.float32(0))
+def test_soft_label_is_the_weighted_mean_of_both_orders():
+    policy, ref = random_pairs(5)
     loss = make_loss("sigmoid", beta=0.1)
-    mixed = loss(policy, ref, PairInfo(soft_label=jnp.array([0.3]))).loss
-    swapped = loss(pair(np.float32(b), np.float32(a)), ref).loss
-    np.testing.assert_allclose(mixed, 0.3 * loss(policy, ref).loss + 0.7 * swapped, rtol=1e-5, atol=1e-6)
+    mixed = loss(policy, ref, PairInfo(soft_label=jnp.full(16, 0.3))).loss
+    expected = 0.3 * loss(policy, ref).loss + 0.7 * loss(policy.swapped(), ref.swapped()).loss
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5)
 
 
-def test_sft_term_averages_to_the_token_mean():
+def test_sft_term_is_the_mean_over_the_chosen_tokens_of_the_batch():
     policy, ref = random_pairs(5)
     with_term = make_loss("sigmoid", beta=0.1, sft_weight=0.2)(policy, ref).loss
     without = make_loss("sigmoid", beta=0.1)(policy, ref).loss
     token_mean = -float(policy.chosen.sum()) / float(policy.chosen_lengths.sum())
     assert math.isclose(float((with_term - without).mean()), 0.2 * token_mean, rel_tol=1e-4)
+    pairwise = make_loss("sigmoid", beta=0.1, sft_weight=0.2, sft_normalize="pair")(policy, ref).loss - without
+    np.testing.assert_allclose(pairwise, -0.2 * policy.chosen / policy.chosen_lengths, rtol=1e-3, atol=1e-6)
 
 
 def test_weight_scales_and_silences_a_pair():
@@ -123,6 +375,31 @@ def test_weight_scales_and_silences_a_pair():
     weight = jnp.asarray([0.0, 2.0] * 8)
     plain = make_loss("sigmoid", beta=0.1)(policy, ref).loss
     np.testing.assert_allclose(make_loss("sigmoid", beta=0.1)(policy, ref, PairInfo(weight=weight)).loss, plain * weight)
+
+
+def test_a_sum_is_the_sum_of_its_terms():
+    policy, ref = random_pairs(7)
+    value = lambda name, **s: make_loss(name, **s)(policy, ref).loss
+    both = value("0.8*sigmoid + 0.2*bco_pair+1*sft", beta=0.1)
+    parts = 0.8 * value("sigmoid", beta=0.1) + 0.2 * value("bco_pair", beta=0.1) + value("sft")
+    np.testing.assert_allclose(both, parts, rtol=1e-6)
+    np.testing.assert_allclose(value("mpo", beta=0.1), both, rtol=1e-6)
+    np.testing.assert_allclose(value("1*ipo+0.5*sft", beta=0.1), value("ipo", beta=0.1, sft_weight=0.5), rtol=1e-6)
+
+
+def test_rewards_and_margins_carry_no_gradient_and_margins_are_the_objectives_own():
+    policy, ref = random_pairs(8)
+    for name, more in (("ipo", {}), ("simpo", {"gamma": 0.5}), ("r_dpo", {"alpha": 0.3})):
+        loss = make_loss(name, beta=0.1, **more)
+        grad = jax.grad(lambda p, loss=loss: sum(x.sum() for x in loss(p, ref)[1:]), allow_int=True)(policy)
+        assert not np.any(grad.chosen) and not np.any(grad.rejected)
+    a, b = policy.chosen - ref.chosen, policy.rejected - ref.rejected
+    per_token = a / policy.chosen_lengths - b / policy.rejected_lengths
+    np.testing.assert_allclose(make_loss("ipo", beta=0.1)(policy, ref).margin, per_token, rtol=1e-5)
+    np.testing.assert_allclose(make_loss("sigmoid", beta=0.1, f_divergence="js")(policy, ref).margin, a - b, rtol=1e-5)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,8 +412,46 @@ def test_weight_scales_and_silences_a_pair():
         (dict(name="hinge", beta=0.1, label_smoothing=0.1), "loss.label_smoothing"),
         (dict(name="dpo", beta=0.1), "loss.name"),
         (dict(name="ipo", beta=0.1, average="yes"), "loss.average"),
+        (dict(name="exo_pair", beta=0.1), "loss.label_smoothing"),
+        (dict(name="simpo", beta=2.0), "loss.gamma"),
+        (dict(name="orpo", beta=0.1, orpo_lambda=0.1), "loss.beta"),
+        (dict(name="discopop", beta=0.05, tau=2.0), "loss.tau"),
+        (dict(name="tr_dpo", beta=0.1, alpha=0.6, tau=1.5), "loss.tau"),
+        (dict(name="tr_dpo", beta=0.1, alpha=1.5, tau=2.0), "loss.alpha"),
+        (dict(name="nca_pair", beta=0.1, f_divergence="js"), "loss.f_divergence"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="js", f_alpha=0.5), "loss.f_alpha"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="alpha"), "loss.f_alpha"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="kl"), "loss.f_divergence"),
+        (dict(name="sigmoid", beta=0.1, sft_normalize="pair"), "loss.sft_normalize"),
+        (dict(name="kto", beta=0.1, sft_weight=0.1), "loss.name"),
+        (dict(name="0.5*sigmoid+0.5*kto", beta=0.1), "loss.name"),
+        (dict(name="-1*sigmoid", beta=0.1), "loss.name"),
+        (dict(name="half*sigmoid", beta=0.1), "loss.name"),
+        (dict(name="tr_dpo+tdpo1", beta=0.1, alpha=0.6, tau=2.0), "loss.name"),
+        (dict(name="sigmoid", beta=0.1, extra={"kappa": 1.0}), "loss.kappa"),
+        (dict(name="nowhere.py:loss", beta=0.1), "loss.name"),
     ],
 )
 def test_bad_settings_fail_when_the_loss_is_made_and_name_the_field(kwargs, names):
     with pytest.raises(ValueError, match=names):
         make_loss(**kwargs)
+
+
+def test_a_users_own_function_brings_its_settings_and_a_row_what_it_needs(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import jax\nfrom dpojax.losses import Objective\n"
+        "def mine(x, *, beta, kappa, floor=0.0):\n    return jax.nn.softplus(-beta * x.h) + kappa + floor\n"
+        "def batch(x, *, beta):\n    return beta * (x.h - x.h.mean())\n"
+        "row = Objective(batch, coupled=True)\n"
+    )
+    policy, ref = random_pairs(9)
+    own = make_loss(f"{tmp_path}/mine.py:mine", beta=0.1, extra={"kappa": 2.0})
+    np.testing.assert_allclose(own(policy, ref).loss, make_loss("sigmoid", beta=0.1)(policy, ref).loss + 2, rtol=1e-6)
+    assert own.source and not own.coupled and own.at_reference(policy, PairInfo()) is None
+    summed = make_loss(f"0.5*{tmp_path}/mine.py:mine+1*ipo", beta=0.1, extra={"kappa": 2.0})
+    np.testing.assert_allclose(summed(policy, ref).loss, 0.5 * own(policy, ref).loss + make_loss("ipo", beta=0.1)(policy, ref).loss, rtol=1e-5)
+    assert make_loss(f"{tmp_path}/mine.py:row", beta=0.1).coupled
+    with pytest.raises(ValueError, match="kappa"):
+        make_loss(f"{tmp_path}/mine.py:mine", beta=0.1)
+    for name in OBJECTIVES:
+        assert make_loss(cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].name, **cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].settings).source == ""
