@@ -1,6 +1,7 @@
 """Metrics, held-out pairs and samples -> one self-contained report.html. Process 0 only."""
 
 import base64
+import dataclasses
 import io
 import json
 import pathlib
@@ -53,9 +54,9 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <h2>Training</h2>
 <img alt="training curves" src="data:image/png;base64,{{ curves }}">
 <p class="note">{{ curves_note }}</p>
-<h2>Held-out pairs</h2>
+<h2>Held-out {{ unit }}</h2>
 <img alt="held-out rewards" src="data:image/png;base64,{{ heldout }}">
-<table><tr><th>held-out pairs</th><th class="num">pairs</th><th class="num">accuracy</th><th class="num">95 % interval</th></tr>
+<table><tr><th>held-out {{ unit }}</th><th class="num">{{ unit }}</th><th class="num">accuracy</th><th class="num">95 % interval</th></tr>
 {% for r in splits %}<tr><td>{{ r.name }}</td><td class="num">{{ r.count }}</td><td class="num">{{ r.rate }}</td><td class="num">{{ r.interval }}</td></tr>{% endfor %}</table>
 {% if samples %}
 <h2>Samples</h2>
@@ -91,13 +92,13 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
 
 
 def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
-    """Loss, accuracy, rewards, and log-probs over the steps; SFT's loss beside them where there was one."""
+    """Loss, accuracy, rewards, log-probs and diagnostics over the steps; SFT's loss beside them where there was one."""
     has_sft = any("sft_loss" in r for r in rows)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+        figure, axes = plt.subplots(3, 3, figsize=(12, 9.4), layout="constrained")
         panels = [
             ("loss", [("loss", "train", TRAIN), ("eval_loss", "held out", EVAL)]),
-            ("reward accuracy", [("rewards/accuracies", "train", TRAIN), ("eval_rewards/accuracies", "held out", EVAL)]),
+            ("accuracy of the objective", [("objective/accuracy", "train", TRAIN), ("eval_objective/accuracy", "held out", EVAL)]),
             ("rewards, held out", [("eval_rewards/chosen", "chosen", CHOSEN), ("eval_rewards/rejected", "rejected", REJECTED)]),
             (
                 "log-probs, held out (nats)",
@@ -107,6 +108,9 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
             ("SFT loss (nats per token)", [("sft_loss", "train", TRAIN)])
             if has_sft
             else ("learning rate", [("learning_rate", "train", TRAIN)]),
+            ("on-policy KL(policy || reference), nats", [("eval_kl", "held-out prompts", EVAL)]),
+            ("displacement: share of chosen that fell", [("displacement", "train", TRAIN), ("eval_displacement", "held out", EVAL)]),
+            ("gradient weight (quantiles), train", [("gradient_weight/q50", "median", TRAIN)]),
         ]
         for axis, (title, lines) in zip(axes.flat, panels, strict=True):
             for key, label, color in lines:
@@ -114,34 +118,58 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
                 axis.plot(x, y, color=color, label=label, marker="o" if len(x) < 12 else None, markersize=4)
             axis.set_title(title, loc="left")
             axis.set_xlabel("step")
-            if len(lines) > 1:
+            if not any(line.get_xdata().size for line in axis.lines):
+                axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", color=GREY)
+            elif len(lines) > 1:
                 axis.legend(frameon=False)
         axes.flat[1].axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        _band(axes.flat[6], rows, lambda r: (r["eval_kl"] - r["eval_kl_standard_error"], r["eval_kl"] + r["eval_kl_standard_error"]), EVAL)
+        _band(axes.flat[8], rows, lambda r: (r["gradient_weight/q10"], r["gradient_weight/q90"]), TRAIN)
         return figure
 
 
-def plot_heldout(results: PairResults) -> Any:
-    """Histograms of the rewards and margins, and margin against length difference."""
-    margin = results.chosen_rewards - results.rejected_rewards
+def _band(axis, rows: Sequence[dict[str, Any]], ends, color: str) -> None:
+    """A shaded interval around a line; rows that lack a part of it are left out."""
+    found = []
+    for row in rows:
+        try:
+            found.append((row["step"], *ends(row)))
+        except (KeyError, TypeError):  # another kind of row, or a value that was not finite
+            continue
+    if found:
+        steps, low, high = zip(*found, strict=True)
+        axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def plot_heldout(results: PairResults, *, unpaired: bool) -> Any:
+    """Histograms of the rewards and margins, and margin against length (difference)."""
+    good = results.label > 0.5
+    rewards = (results.chosen_rewards, results.rejected_rewards)
+    margin, names = rewards[0] - rewards[1], ("chosen", "rejected")
+    difference = results.chosen_lengths - results.rejected_lengths
+    labels = ("reward of chosen − reward of rejected", "margin against length difference", "tokens of chosen − tokens of rejected")
+    if unpaired:
+        rewards, margin, names = (rewards[0][good], rewards[0][~good]), results.margin, ("desirable", "undesirable")
+        difference = results.chosen_lengths
+        labels = ("log pi/ref on the labelled side of the reference point", "margin against length", "tokens of the response")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-        both = np.concatenate([results.chosen_rewards, results.rejected_rewards])
+        both = np.concatenate(rewards)
         low, high = np.percentile(both, [0.5, 99.5])
         bins = np.linspace(low - 1e-6, high + 1e-6, 41)
-        axes[0].hist(results.chosen_rewards, bins, alpha=0.6, color=CHOSEN, label="chosen")
-        axes[0].hist(results.rejected_rewards, bins, alpha=0.6, color=REJECTED, label="rejected")
+        axes[0].hist(rewards[0], bins, alpha=0.6, color=CHOSEN, label=names[0])
+        axes[0].hist(rewards[1], bins, alpha=0.6, color=REJECTED, label=names[1])
         axes[0].set_title("implicit rewards", loc="left")
         axes[0].set_xlabel("beta log pi/ref")
         axes[0].legend(frameon=False)
         axes[1].hist(margin, 41, color=TRAIN)
         axes[1].axvline(0, color="black", linewidth=0.8)
         axes[1].set_title("margins (right of 0: ranked as labelled)", loc="left")
-        axes[1].set_xlabel("reward of chosen − reward of rejected")
-        difference = results.chosen_lengths - results.rejected_lengths
+        axes[1].set_xlabel(labels[0])
         axes[2].scatter(difference, margin, s=8, alpha=0.5, color=TRAIN, linewidths=0)
         axes[2].axhline(0, color="black", linewidth=0.8)
-        axes[2].set_title("margin against length difference", loc="left")
-        axes[2].set_xlabel("tokens of chosen − tokens of rejected")
+        axes[2].set_title(labels[1], loc="left")
+        axes[2].set_xlabel(labels[2])
         return figure
 
 
@@ -166,40 +194,42 @@ def _two_histograms(axis, values: dict[str, Sequence[float]], title: str) -> Non
     axis.legend(frameon=False)
 
 
-def _splits(results: PairResults) -> list[dict[str, Any]]:
-    """Reward accuracy over all pairs and by which response is longer."""
-    margin = results.chosen_rewards - results.rejected_rewards
+def _splits(results: PairResults, *, unpaired: bool) -> list[dict[str, Any]]:
+    """Reward accuracy over all pairs and by which response is longer; of unpaired responses by their label."""
+    margin = results.margin if unpaired else results.chosen_rewards - results.rejected_rewards
     right = (margin > 0) + 0.5 * (margin == 0)
     difference = results.chosen_lengths - results.rejected_lengths
     everything = np.ones(len(margin), bool)
+    by_length = {"chosen is longer": difference > 0, "same length": difference == 0, "chosen is shorter": difference < 0}
+    by_label = {"desirable": results.label > 0.5, "undesirable": results.label <= 0.5}
     rows = []
-    for name, mask in {
-        "all": everything,
-        "chosen is longer": difference > 0,
-        "same length": difference == 0,
-        "chosen is shorter": difference < 0,
-    }.items():
+    for name, mask in {"all": everything, **(by_label if unpaired else by_length)}.items():
         rate = wilson(float(right[mask].sum()), int(mask.sum()))
         shown = (f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}") if mask.any() else ("–", "–")
         rows.append({"name": name, "count": int(mask.sum()), "rate": shown[0], "interval": shown[1]})
     return rows
 
 
-def _cards(summary: dict[str, Any], splits: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _title(name: str) -> str:
+    """What a reader calls the objective."""
+    return "DPO" if name == "sigmoid" else f"Preference training ({name})"
+
+
+def _cards(summary: dict[str, Any], splits: list[dict[str, Any]], unit: str) -> list[dict[str, str]]:
     cards = []
     if "win_rate" in summary:
         interval = f"{summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%} (Wilson, 95 %)"
         cards.append({"value": f"{summary['win_rate']:.1%}", "label": "win rate over the reference", "note": interval})
         controlled = f"{summary['win_rate_length_controlled']:.1%}"
         cards.append({"value": controlled, "label": "length-controlled win rate", "note": "at equal length"})
-    interval = f"{splits[0]['interval']} on {splits[0]['count']} pairs"
+    interval = f"{splits[0]['interval']} on {splits[0]['count']} {unit}"
     cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
     if "kl" in summary:
         error = f"± {summary['kl_standard_error']:.2f} (standard error)"
         cards.append({"value": f"{summary['kl']:.2f} nats", "label": "KL(policy || reference)", "note": error})
     if summary["pairs_per_second"]:
         speed = f"{summary['pairs_per_second']:.1f}"
-        cards.append({"value": speed, "label": "pairs per second", "note": f"{summary['num_steps']} steps"})
+        cards.append({"value": speed, "label": f"{unit} per second", "note": f"{summary['num_steps']} steps"})
     return cards
 
 
@@ -242,8 +272,12 @@ def render_report(
       samples: prompts, texts and scores of policy and reference, or None.
       shown: how many samples are printed side by side.
     """
-    splits = _splits(results)
-    settings = [f"{config.loss.name}, beta {config.loss.beta}", f"{config.batch_size} pairs a step"]
+    unpaired = config.loss.make().unpaired
+    unit = "responses" if unpaired else "pairs"
+    splits = _splits(results, unpaired=unpaired)
+    given = {k: v for k, v in dataclasses.asdict(config.loss).items() if v not in (None, {}) and k != "name"}
+    settings = [", ".join([config.loss.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())])]
+    settings.append(f"{config.batch_size} {unit} a step")
     settings.append(f"{config.optim.name} at {config.optim.learning_rate:g}")
     data = config.data.train or "embedded world"
     counts = (summary["train_rows"], summary["eval_rows"])
@@ -259,12 +293,13 @@ def render_report(
     c = config.sample
     return PAGE.render(
         name=name,
-        title=f"DPO on {pathlib.Path(data).name if config.data.train else data}",
+        title=f"{_title(config.loss.name)} on {pathlib.Path(data).name if config.data.train else data}",
         subtitle=" · ".join([*settings, f"{summary['num_steps']} steps", f"seed {config.seed}"]),
-        cards=_cards(summary, splits),
+        cards=_cards(summary, splits, unit),
         curves=_png(plot_curves(rows)),
         curves_note="Rewards are beta log pi/ref. Both log-probs may fall while the margin grows: DPO trains the difference.",
-        heldout=_png(plot_heldout(results)),
+        heldout=_png(plot_heldout(results, unpaired=unpaired)),
+        unit=unit,
         splits=splits,
         samples=_sample_table(samples, shown) if samples else [],
         sample_plot=_png(plot_samples(samples)) if samples else "",

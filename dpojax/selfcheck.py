@@ -12,7 +12,7 @@ from dpojax.errors import NumericsError
 from dpojax.losses import PairInfo, PairLogps
 from dpojax.models import Model
 from dpojax.objectives import Loss
-from dpojax.train import PairResults, step_pairs, step_results, step_scores
+from dpojax.train import PairResults, StepScores, pair_results, pairs_of, step_pairs, step_results, step_scores
 
 # |log-ratio| over the sum of |token log-probs| of a response, where policy == reference.
 RATIO_BOUND = {"float32": 1e-6, "bfloat16": 1e-2}
@@ -89,6 +89,17 @@ def _by_row(results: PairResults) -> dict[tuple[int, int], tuple[float, float]]:
     return found
 
 
+def _by_micro_batch(loss: Loss, batch: PackedBatch, scores: StepScores) -> PairResults:
+    """The results as a step finds them that sees one micro-batch at a time."""
+
+    def one(mb: PackedBatch, own: StepScores) -> PairResults:
+        return pair_results(loss, *pairs_of(loss, mb, own), mb.row_id.reshape(-1))
+
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+    results = jax.vmap(one, in_axes=(axes, 0))(batch, scores)
+    return jax.tree.map(lambda x: x.reshape(batch.valid.shape), results)
+
+
 def self_check(
     model: Model,
     params,
@@ -131,7 +142,8 @@ def self_check(
     def check(params, ref_params, batch):
         scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
         policy, _, info = step_pairs(loss, batch, scores)
-        return scores.policy.logps, policy, info, step_results(loss, batch, scores, np.float32(0))
+        results = step_results(loss, batch, scores, np.float32(0)) if loss.coupled else _by_micro_batch(loss, batch, scores)
+        return scores.policy.logps, policy, info, results
 
     programs = {layout: program(f"self_check_{layout}", check, out_shardings=replicated) for layout in ("shared", "separate")}
     tokens, pairs, first = {}, {}, None
@@ -197,5 +209,6 @@ def _judge(loss: Loss, found: CheckResult, dtype: str) -> None:
     if not found.worst_loss <= 1:
         raise NumericsError(
             f"self-check: a pair's {loss.name} loss depends on the order of the rows, the padding or the micro-batches: it "
-            f"moves {found.worst_loss:.1f} times as far as the noise of {dtype} explains"
+            f"moves {found.worst_loss:.1f} times as far as the noise of {dtype} explains (an objective of your own that looks at "
+            "several pairs is an Objective(function, coupled=True))"
         )
