@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpojax.data.packing import PackedBatch, PackShape, Segment, StepPlan, by_response, pack_step, plan_step
@@ -142,8 +143,14 @@ def self_check(
     def check(params, ref_params, batch):
         scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
         policy, _, info = step_pairs(loss, batch, scores)
-        results = step_results(loss, batch, scores, np.float32(0)) if loss.coupled else _by_micro_batch(loss, batch, scores)
-        return scores.policy.logps, policy, info, results
+        # Where all log-ratios are 0 much cancels: the arrangements are compared with a policy that has moved, by token.
+        moved = scores.policy.logps + 0.3 * jnp.sin(12.9898 * batch.target)
+        moved = scores._replace(policy=scores.policy._replace(logps=moved))
+        results = [
+            step_results(loss, batch, s, np.float32(0)) if loss.coupled else _by_micro_batch(loss, batch, s)
+            for s in (scores, moved)
+        ]
+        return scores.policy.logps, policy, info, *results
 
     programs = {layout: program(f"self_check_{layout}", check, out_shardings=replicated) for layout in ("shared", "separate")}
     tokens, pairs, first = {}, {}, None
@@ -151,7 +158,7 @@ def self_check(
         batch = put(_pack(pack, arrangement, prompts, responses, unpaired=loss.unpaired))
         logps, *rest = jax.device_get(programs[arrangement.shape.layout](params, ref_params, batch))
         tokens[name] = dict(by_response(arrangement.plan, responses, np.asarray(logps)))
-        pairs[name] = _by_row(rest[2])
+        pairs[name] = _by_row(rest.pop())
         first = rest if first is None else first
     assert first is not None
     found = _measure(loss, *first, tokens, pairs, dtype)

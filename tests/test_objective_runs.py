@@ -1,0 +1,213 @@
+"""Objectives through the command line: unpaired data, moving and absent references, functions of one's own, resuming."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import ROOT, command, environment, losses, numbers, rows, run, start, start_two, wait_for
+
+from dpojax.checkpoint import Checkpoints
+
+KTO = {"loss.name": "kto", "batch_size": 16}
+TR = {"loss.name": "tr_dpo", "loss.alpha": 0.6, "loss.tau": 2}
+
+
+@pytest.fixture(scope="session")
+def unpaired(files):
+    """The pairs of `files` as rows of prompt, completion and label."""
+    for name in ("train", "eval"):
+        lines = []
+        for line in (files / f"{name}.jsonl").read_text().splitlines():
+            pair = json.loads(line)
+            both = ((pair["chosen"], True), (pair["rejected"], False))
+            lines += [json.dumps({"prompt": pair["prompt"], "completion": text, "label": label}) for text, label in both]
+        (files / f"unpaired-{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return {"data.train": files / "unpaired-train.jsonl", "data.eval": files / "unpaired-eval.jsonl"}
+
+
+@pytest.fixture(scope="session")
+def kto(files, unpaired, tmp_path_factory):
+    """An uninterrupted KTO run."""
+    workdir = tmp_path_factory.mktemp("kto")
+    return workdir, run(files, workdir, **KTO, **unpaired)
+
+
+def stop_and_resume(files, workdir, **changes):
+    process = start(files, workdir, **changes)
+    wait_for(process, "DPO 3/")
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 143, rest
+    assert "resumed at step" in run(files, workdir, **changes)
+
+
+def test_kto_trains_on_labelled_responses(kto, files, unpaired):
+    workdir, output = kto
+    assert [r["step"] for r in rows(workdir) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    first = next(r for r in rows(workdir) if "loss" in r)
+    assert abs(first["loss"] - 0.5) < 1e-6 and first["kl"] == 0  # policy == reference
+    assert {"objective/accuracy", "lengths/chosen", "displacement", "gradient_weight/q50"} <= set(first)
+    assert "held-out responses" in output and "Held-out responses" in (workdir / "report.html").read_text()
+    assert json.loads((workdir / "summary.json").read_text())["programs"]["dpo_step"]["compiled"] == 1
+
+
+@pytest.mark.slow
+def test_kill_and_resume_with_kto_is_bit_equal(kto, files, unpaired, tmp_path):
+    stop_and_resume(files, tmp_path, **KTO, **unpaired)
+    assert numbers(tmp_path) == numbers(kto[0])
+    checks = [Checkpoints(w / "checkpoints", keep=9).meta(6)["checksums"] for w in (tmp_path, kto[0])]
+    assert checks[0] == checks[1]
+
+
+@pytest.mark.slow
+def test_kto_is_the_same_on_eight_devices_in_two_processes_and_with_a_cached_reference(kto, files, unpaired, tmp_path):
+    changes = KTO | unpaired
+    run(files, tmp_path / "eight", devices=8, **{"mesh.data": 4, "mesh.fsdp": 2}, **changes)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(kto[0]), atol=1e-5)
+    started = start_two(files, tmp_path / "two", **changes)
+    outputs = [p.communicate(timeout=300)[0] for p in started]
+    assert [p.returncode for p in started] == [0, 0], outputs[0][-3000:]
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(kto[0]), atol=1e-5)
+    run(files, tmp_path / "cached", **{"reference.mode": "cached"}, **changes)
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(kto[0]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_kill_and_resume_with_a_moving_reference_is_bit_equal(files, tmp_path):
+    run(files, tmp_path / "plain", **TR)
+    stop_and_resume(files, tmp_path / "stopped", **TR)
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "plain")
+    metas = [Checkpoints(tmp_path / w / "checkpoints", keep=9).meta(6)["checksums"] for w in ("plain", "stopped")]
+    assert metas[0] == metas[1] and any(k.startswith(".ref") for k in metas[0])
+    # the reference has moved: the run is another one than DPO's, from the third step on
+    run(files, tmp_path / "fixed")
+    moved, fixed = losses(tmp_path / "plain"), losses(tmp_path / "fixed")
+    np.testing.assert_array_equal(moved[:2], fixed[:2])
+    assert abs(moved[2] - fixed[2]) > 1e-5
+
+
+@pytest.mark.slow
+def test_pairs_serve_as_two_labelled_responses_each(files, tmp_path):
+    run(files, tmp_path, **KTO | {"num_steps": 2})
+    assert abs(losses(tmp_path)[0] - 0.5) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_reference_free_objective_holds_no_reference(files, tmp_path):
+    changes = {"loss.name": "simpo", "loss.beta": 2.0, "loss.gamma": 0.5, "self_check": "full", "num_steps": 3}
+    output = run(files, tmp_path / "none", **changes)
+    assert "self-check: loss" in output
+    run(files, tmp_path / "live", **{"reference.mode": "live"}, **changes)
+    np.testing.assert_allclose(losses(tmp_path / "none"), losses(tmp_path / "live"), rtol=1e-6)
+    logged = [next(r for r in rows(tmp_path / w) if "loss" in r) for w in ("none", "live")]
+    assert "displacement" not in logged[0] and "displacement" in logged[1]
+
+
+OWN = """
+import jax
+import jax.numpy as jnp
+
+def mine(x, *, beta, kappa):
+    return -jax.nn.log_sigmoid(beta * x.h) * kappa
+
+def centred(x, *, beta):
+    return jnp.square(beta * (x.h - x.h.mean()) - 1)
+"""
+CONFIG = """
+from configs import tldr
+
+def get_config():
+    config = tldr.get_config()
+    config.loss.name = "{place}:{function}"
+    {more}
+    return config
+"""
+
+
+def run_own(files, folder, function, more, *, code=0, source=OWN, **changes):
+    (folder / "own.py").write_text(source)
+    (folder / "config.py").write_text(CONFIG.format(place=folder / "own.py", function=function, more=more))
+    argv = [a for a in command(files, folder / "w", **changes) if not a.startswith("--config=")]
+    argv.insert(3, f"--config={folder / 'config.py'}")
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_config_outside_the_package_brings_its_own_objective(plain, files, tmp_path):
+    changes = {"num_steps": 4, "self_check": "full"}
+    output = run_own(files, tmp_path, "mine", "config.loss.extra.kappa = 2.0", **changes)
+    assert "no closed form at policy == reference" in output
+    np.testing.assert_allclose(losses(tmp_path / "w")[:2], 2 * losses(plain[0])[:2], rtol=1e-6)
+    # another function under the same name is another loss
+    output = run_own(files, tmp_path, "mine", "config.loss.extra.kappa = 2.0", code=4, source=OWN.replace("* kappa", "* kappa * 1.0"), num_steps=5)
+    assert "another loss" in output
+
+
+@pytest.mark.slow
+def test_the_self_check_finds_a_hidden_coupling(files, tmp_path):
+    output = run_own(files, tmp_path, "centred", "", code=5, num_steps=2, self_check="full")
+    assert "coupled=True" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "names"),
+    [
+        ({"loss.name": "tdpo1", "reference.mode": "cached"}, 2, "reference.mode"),
+        ({**TR, "reference.mode": "cached"}, 2, "reference.mode"),
+        ({"reference.mode": "none"}, 2, "reference.mode"),
+        ({"loss.name": "simpo"}, 2, "loss.gamma"),
+        ({"loss.gamma": 1.0}, 2, "loss.gamma"),
+        ({"loss.name": "nowhere.py:mine"}, 2, "loss.name"),
+        ({"loss.name": "sigmoid+kto"}, 2, "loss.name"),
+        ({"data.mask_tokens": "<nothing>"}, 2, "data.mask_tokens"),
+        ({"loss.name": "odpo", "loss.alpha": 1.0}, 3, "train.jsonl:1"),
+    ],
+)
+def test_what_an_objective_cannot_do_is_said_before_training(files, tmp_path, changes, code, names, capsys):
+    from dpojax.main import main
+
+    assert main(command(files, tmp_path, **changes)[3:]) == code
+    assert names in capsys.readouterr().err
+
+
+def test_odpo_names_the_row_whose_scores_are_the_wrong_way_round(files, tmp_path, capsys):
+    from dpojax.main import main
+
+    pairs = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    made = [{**p, "score_chosen": 2.0, "score_rejected": 2.5 if i == 4 else 1.0} for i, p in enumerate(pairs)]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    changes = {"loss.name": "odpo", "loss.alpha": 1.0, "data.train": tmp_path / "scored.jsonl", "data.eval": tmp_path / "scored.jsonl"}
+    assert main(command(files, tmp_path / "w", **changes)[3:]) == 3
+    error = capsys.readouterr().err
+    assert "scored.jsonl:5" in error and "-0.5" in error
+
+
+def test_labels_are_needed_and_read_strictly(files, tmp_path, capsys):
+    from dpojax.main import main
+
+    for row, names in (({}, "'label' is missing"), ({"label": "good"}, "'good'")):
+        line = json.dumps({"prompt": "a b c", "completion": "d e", **row}) + "\n"
+        (tmp_path / "rows.jsonl").write_text(line * 4)
+        changes = {"loss.name": "kto", "data.train": tmp_path / "rows.jsonl", "data.eval": tmp_path / "rows.jsonl"}
+        assert main(command(files, tmp_path / "w", **changes)[3:]) == 3
+        assert names in capsys.readouterr().err
+
+
+def test_recipes_are_valid_configs():
+    from dpojax.config import from_config_dict, load_config_file
+
+    for name in ("zephyr", "llama3", "tulu3", "simpo", "orpo"):
+        values = load_config_file(str(ROOT / f"configs/recipes.py:{name}"))
+        values.data.train = values.data.eval = "pairs.jsonl"
+        values.model.init = "model"
+        config = from_config_dict(values)
+        assert config.loss.make().name and config.optim.learning_rate <= 1e-5
+    done = subprocess.run(
+        [sys.executable, "-m", "dpojax.main", "--config=configs/recipes.py"], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2 and "zephyr" in done.stderr
