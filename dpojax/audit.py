@@ -1,7 +1,7 @@
 """What is wrong with a preference dataset, before anyone trains on it.
 
 python -m dpojax.audit --data=FILE --tokenizer=PATH [--prompt_template=...] [--max_prompt_tokens=512]
-    [--max_response_tokens=128] [--show=2] [--color=auto|always|never]
+    [--max_response_tokens=128] [--unpaired] [--show=2] [--color=auto|always|never]
 """
 
 import argparse
@@ -32,10 +32,12 @@ class Audit(NamedTuple):
     bad: list[str]  # messages of rows that cannot be read
     dropped: dict[str, list[str]]  # by reason
     duplicated: list[str]  # the same pair again
-    contradictory: list[str]  # the same two responses with the labels reversed
+    contradictory: list[str]  # the same responses with the labels reversed
     cut_prompts: int
     cut_responses: int
-    lengths: np.ndarray  # [pairs, 3] tokens of prompt, chosen, rejected, after truncation
+    lengths: np.ndarray  # [pairs, 3] tokens of prompt, chosen, rejected, after truncation; unpaired: prompt, response, response
+    labels: np.ndarray  # [pairs] of unpaired responses; 1 elsewhere
+    unpaired: bool
     one_bos: int  # groups whose prompt holds exactly one BOS, at its start
     ends_in_eos: int
     eos_inside: int  # responses with an EOS before their end
@@ -47,7 +49,7 @@ class Audit(NamedTuple):
 def audit(data: Dataset, *, show: int, progress) -> Audit:
     """Reads every row of `data` once and counts; keeps the first `show` groups."""
     bad, dropped = [], collections.defaultdict(list)
-    duplicated, contradictory, lengths, examples = [], [], [], []
+    duplicated, contradictory, lengths, labels, examples = [], [], [], [], []
     seen: dict[tuple, str] = {}
     count: collections.Counter = collections.Counter()
     bos, eos = (data.tokenizer.bos_id, data.tokenizer.eos_id) if data.tokenizer else (None, None)
@@ -74,13 +76,17 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
             count["eos_inside"] += bool((response[:-1] == eos).any())
         ids = [r.tobytes() for r in group.responses]
         for pair in group.pairs:
-            key = (group.prompt.tobytes(), ids[pair.chosen], ids[pair.rejected])
+            key = (group.prompt.tobytes(), ids[pair.chosen], ids[pair.rejected], pair.soft_label)
             if key in seen:
                 duplicated.append(f"{where} repeats {seen[key]}")
-            if (other := (key[0], key[2], key[1])) in seen:
+            other = (key[0], key[2], key[1], key[3])
+            if data.reader.kind == "unpaired":
+                other = (*key[:3], 1 - key[3])
+            if other in seen:
                 contradictory.append(f"{where} reverses {seen[other]}")
             seen.setdefault(key, where)
             lengths.append([len(group.prompt), len(group.responses[pair.chosen]), len(group.responses[pair.rejected])])
+            labels.append(pair.soft_label)
         if len(examples) < show:
             examples.append(group)
     return Audit(
@@ -92,6 +98,8 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         cut_prompts=count["cut_prompts"],
         cut_responses=count["cut_responses"],
         lengths=np.asarray(lengths).reshape(-1, 3),
+        labels=np.asarray(labels),
+        unpaired=data.reader.kind == "unpaired",
         one_bos=count["one_bos"],
         ends_in_eos=count["ends_in_eos"],
         eos_inside=count["eos_inside"],
@@ -107,13 +115,14 @@ def _places(places: Sequence[str]) -> str:
 
 def lines(found: Audit) -> list[str]:
     """The report as text."""
-    out = [f"{found.rows:>8,} rows, {len(found.lengths):,} usable pairs"]
+    unit = "labelled responses" if found.unpaired else "pairs"
+    out = [f"{found.rows:>8,} rows, {len(found.lengths):,} usable {unit}"]
     line = lambda n, what, places=(): out.append(f"{n:>8,} {what}" + (f": {_places(places)}" if places else ""))
     line(len(found.bad), "rows cannot be read", found.bad)
     for reason, what in DROPPED.items():
         line(len(found.dropped.get(reason, [])), f"dropped, {what}", found.dropped.get(reason, []))
-    line(len(found.duplicated), "pairs occur again", found.duplicated)
-    line(len(found.contradictory), "pairs contradict another (labels reversed)", found.contradictory)
+    line(len(found.duplicated), f"{unit} occur again", found.duplicated)
+    line(len(found.contradictory), f"{unit} contradict another (labels reversed)", found.contradictory)
     line(found.cut_prompts, "prompts would be cut")
     line(found.cut_responses, f"responses of {found.responses:,} would be cut")
     line(found.one_bos, "prompts start with their one BOS")
@@ -121,8 +130,18 @@ def lines(found: Audit) -> list[str]:
     line(found.glued, f"responses of {found.responses:,} are glued to their prompt, with no white space between")
     if len(found.lengths):
         out.append(f"{'tokens':>10} {'mean':>8} {'p50':>6} {'p95':>6} {'max':>6}")
-        for name, x in zip(("prompt", "chosen", "rejected"), found.lengths.T, strict=True):
-            out.append(f"{name:>10} {x.mean():8.1f} {np.median(x):6.0f} {np.percentile(x, 95):6.0f} {x.max():6d}")
+        columns = dict(zip(("prompt", "chosen", "rejected"), found.lengths.T, strict=True))
+        if found.unpaired:
+            good, response = found.labels > 0.5, found.lengths[:, 1]
+            columns = {"prompt": found.lengths[:, 0], "desirable": response[good], "undesired": response[~good]}
+        for name, x in columns.items():
+            if len(x):
+                out.append(f"{name:>10} {x.mean():8.1f} {np.median(x):6.0f} {np.percentile(x, 95):6.0f} {x.max():6d}")
+        if found.unpaired:
+            share = wilson(float(good.sum()), len(good))
+            out.append(f"labels: {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] desirable; KTO's authors keep the weighted "
+                       "numbers of both sides within 1:1 and 4:3 (loss.desirable_weight, loss.undesirable_weight)")  # fmt: skip
+            return out
         difference = found.lengths[:, 1] - found.lengths[:, 2]
         rate = wilson(float((difference > 0).sum() + 0.5 * (difference == 0).sum()), len(difference))
         bias = f"chosen is the longer one in {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of pairs"
@@ -147,7 +166,8 @@ def show_group(group: TokenGroup, tokenizer: Any, *, color: bool) -> str:
 
     chosen = 0 if first is None else first.chosen
     shown = [paint("prompt", group.prompt)]
-    shown += [paint("chosen" if k == chosen else "rejected", r) for k, r in enumerate(group.responses)]
+    good = {p.chosen for p in group.pairs if p.soft_label > 0.5} if first and first.chosen == first.rejected else {chosen}
+    shown += [paint("chosen" if k in good else "rejected", r) for k, r in enumerate(group.responses)]
     return "\n".join(shown)
 
 
@@ -161,6 +181,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")
     parser.add_argument("--max_prompt_tokens", type=int, default=512, help="BOS included")
     parser.add_argument("--max_response_tokens", type=int, default=128, help="EOS included")
+    parser.add_argument("--unpaired", action="store_true", help="rows of prompt, completion, label, as KTO takes them")
     parser.add_argument("--show", type=int, default=2, help="pairs printed token by token")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     args = parser.parse_args(argv)
@@ -168,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, template = (load_tokenizer(args.tokenizer) if args.tokenizer else None), unescape(args.prompt_template)
         check_template(template)
         limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
-        data = Dataset(open_records(args.data), RowReader(template), tokenizer, limits)
+        data = Dataset(open_records(args.data), RowReader(template, "unpaired" if args.unpaired else "pairs"), tokenizer, limits)
         progress = Progress("reading", data.records.size, "rows", enabled=True)
         found = audit(data, show=args.show, progress=progress)
     except DpojaxError as error:

@@ -8,9 +8,10 @@ import pytest
 
 from dpojax.data import world
 from dpojax.data.index import Dataset, build_index
+from dpojax.data.packing import TokenPair
 from dpojax.data.pipeline import PackGroups, groups_per_step, make_shape, step_positions, train_batches
 from dpojax.data.records import in_memory, open_records
-from dpojax.data.tokens import Limits, load_tokenizer, tokenize
+from dpojax.data.tokens import Limits, load_tokenizer, mask_ids, tokenize
 from dpojax.data.triples import Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
 
@@ -61,6 +62,72 @@ def test_one_bad_response_of_k_takes_only_its_own_pairs():
 def test_sft_on_ranked_rows_trains_on_the_best_response():
     row = {"prompt": "x", "responses": ["low", "mid", "best"], "scores": [1, 2, 3]}
     assert RowReader("", "sft").read(row, "file:1").responses == ("best",)
+
+
+def test_labelled_responses_are_read_as_unpaired_examples():
+    unpaired = RowReader("", "unpaired")
+    group = unpaired.read({"prompt": "x", "completion": "a", "label": True, "weight": 2}, "file:1")
+    assert group.responses == ("a",) and group.pairs == (TokenPair(0, 0, 2.0, 1.0, 0.0),)
+    several = unpaired.read({"prompt": "x", "completions": ["a", "b", "a"], "labels": [1, 0, 1]}, "file:1")
+    assert several.responses == ("a", "b") and [(p.chosen, p.soft_label) for p in several.pairs] == [(0, 1), (1, 0), (0, 1)]
+    both = unpaired.read({"prompt": "x", "chosen": "a", "rejected": "b"}, "file:1")
+    assert [(p.chosen, p.rejected, p.soft_label) for p in both.pairs] == [(0, 0, 1), (1, 1, 0)]
+    with pytest.raises(Dropped, match="identical"):
+        unpaired.read({"prompt": "x", "chosen": "a", "rejected": "a"}, "file:1")
+    for bad in ({"completion": "a"}, {"completion": "a", "label": "yes"}, {"completions": ["a", "b"], "labels": [1]}):
+        with pytest.raises(DataError, match="label"):
+            unpaired.read({"prompt": "x", **bad}, "file:1")
+    with pytest.raises(DataError, match="ranked"):
+        unpaired.read({"prompt": "x", "responses": ["a", "b", "c"], "scores": [1, 2, 3]}, "file:1")
+    # SFT learns the good ones
+    sft = RowReader("", "sft")
+    assert sft.read({"prompt": "x", "completions": ["a", "b"], "labels": [0, 1]}, "file:1").responses == ("b",)
+    with pytest.raises(Dropped, match="undesirable"):
+        sft.read({"prompt": "x", "completion": "a", "label": False}, "file:1")
+
+
+def test_mismatched_responses_answer_other_prompts_and_are_the_same_in_every_process():
+    made = [{"prompt_ids": [1, 2 + i // 2], "chosen_ids": [10 + i, 3], "rejected_ids": [40 + i]} for i in range(12)]
+    index, data = unpaired_index(made)
+    found = index.with_mismatched(3)
+    assert [found.responses(i)[:2] for i in range(12)] == [index.responses(i) for i in range(12)]
+    prompts = [tuple(made[row]["prompt_ids"]) for row in found.rows]
+    others = [tuple(made[row]["prompt_ids"]) for row in found.mismatched]
+    assert all(a != b for a, b in zip(prompts, others, strict=True)) and len(set(found.mismatched.tolist())) > 6
+    assert (found.rejected == 2).all() and (found.first(4).rejected == 2).all()
+    again = index.with_mismatched(3)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True) if isinstance(a, np.ndarray))
+    assert not np.array_equal(index.with_mismatched(4).mismatched, found.mismatched)
+    shape = make_shape([found], layout="shared", num_groups=4, num_shards=1, micro_batch_tokens=64, row_tokens=0)
+    pack = PackGroups(data, found, shape, (0,), 0)
+    group = pack.token_group(5)
+    assert group.responses[2].tolist() == made[int(found.mismatched[5])]["chosen_ids"]
+    assert [(p.chosen, p.rejected, p.soft_label) for p in group.pairs] == [(0, 2, 1), (1, 2, 0)]
+    batch, _ = pack(range(4))
+    assert int(batch.num_pairs) == 8 and int(batch.valid.sum()) == 8
+    same, _ = unpaired_index([{**r, "prompt_ids": [1]} for r in made])
+    with pytest.raises(ConfigError, match="all prompts"):
+        same.with_mismatched(0)
+
+
+def unpaired_index(made):
+    records = in_memory("made", made)
+    data = Dataset(records, RowReader("", "unpaired"), None, Limits(8, 8))
+    return build_index(data, on_bad_line="error", max_bad_share=0, progress=lambda n: None), data
+
+
+def test_formatting_tokens_are_masked_by_column_and_by_name():
+    row = {"prompt_ids": [1], "chosen_ids": [5, 9, 6], "rejected_ids": [7, 9], "chosen_mask": [0, 1, 1]}
+    group, _ = tokenize(read(row), None, Limits(8, 8), 0, frozenset([9]))
+    assert [c.tolist() for c in group.counted] == [[False, False, True], [True, False]]
+    with pytest.raises(Dropped, match="all_masked"):
+        tokenize(read({**row, "chosen_mask": [0, 1, 0]}), None, Limits(8, 8), 0, frozenset([9]))
+    with pytest.raises(DataError, match="chosen_mask"):
+        read({**row, "chosen_mask": [0, 1]})
+    tokenizer = world.make_world(7, num_posts=2000, num_pairs=4, num_eval=4).tokenizer
+    assert mask_ids("</s>", tokenizer) == {tokenizer.eos_id}
+    with pytest.raises(ConfigError, match="nothing"):
+        mask_ids("nothing-such", tokenizer)
 
 
 def test_null_columns_are_absent_ones():
