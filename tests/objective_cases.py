@@ -241,6 +241,11 @@ SMALL = dataclasses.replace(tiny.CONFIG, num_layers=1)
 MODEL = tiny.model(SMALL, full=True)
 
 
+@functools.cache
+def _params(seed: int):
+    return tiny.params(MODEL, seed)
+
+
 def _groups(loss: Loss, rng: np.random.Generator) -> list[TokenGroup]:
     """Twelve random groups as the objective takes them; unpaired ones hold one labelled and one mismatched response."""
     made = []
@@ -256,7 +261,7 @@ def step_gradients(loss: Loss, *, devices: int, shard_rows: int, two_passes: boo
     made = _groups(loss, np.random.default_rng(5)) if groups is None else groups
     batch, _ = tiny.pack(made, row_tokens=64, shard_rows=shard_rows, num_shards=devices)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params, ref = (jax.device_put(tiny.params(MODEL, seed), whole) for seed in (0, 1))
+    params, ref = (jax.device_put(_params(seed), whole) for seed in (0, 1))
     state = new_state(_no_optimizer(), params)._replace(reward_mean=jnp.asarray(0.2))
     run = preference_gradients(MODEL, loss, chunk=32, two_passes=two_passes)
     step = jax.jit(lambda s, r, b: run(s, r, b, jnp.asarray(True), lambda x: x), out_shardings=whole)

@@ -44,7 +44,7 @@ def model(config=CONFIG, *, full=False, remat="none"):
 
 
 def params(m, seed=0):
-    return m.init(jax.random.key(seed))
+    return jax.jit(m.init)(jax.random.key(seed))  # compiled: op by op it takes seconds
 
 
 def groups(rng: np.random.Generator, count: int, *, responses: int = 2, longest: int = 30) -> list[TokenGroup]:
