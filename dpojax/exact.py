@@ -4,6 +4,7 @@ The last axis of every array runs over the responses y of a prompt; the axes bef
 Source: Rafailov et al. 2023 (arXiv:2305.18290), sections 3 and 4.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -54,7 +55,7 @@ def regularised_value(policy_logps: Values, ref_logps: Values, rewards: Values, 
 # --- population losses ------------------------------------------------------------------------------------------------
 
 
-def _pair_terms(loss: Loss, logps, ref_logps, preferences, lengths, margins, soft: bool, shift: float):
+def _pair_terms(loss: Loss, logps, ref_logps, preferences, lengths, margins, soft: bool, shift):
     """The pairs of all prompts as a loss takes them: (policy, ref, info)."""
     y = logps.shape[-1]
     i, j = np.triu_indices(y, 1) if soft else np.nonzero(~np.eye(y, dtype=bool))
@@ -81,7 +82,7 @@ def _pair_terms(loss: Loss, logps, ref_logps, preferences, lengths, margins, sof
         # Every response is the chosen one with the probability that it wins.
         mean_chosen_length=jnp.sum(shares * policy.chosen_lengths) / jnp.sum(shares),
         valid=shares > 0 if loss.coupled else jnp.ones(shares.shape, bool),
-        shift=jnp.asarray(shift),
+        shift=shift,
     )
     return policy, both(ref_logps, False), info
 
@@ -100,6 +101,22 @@ def _unpaired_terms(logps, ref_logps, desirable, lengths):
         valid=jnp.ones(2 * share.size, bool),
     )
     return both(logps), both(ref_logps), info
+
+
+@functools.lru_cache(maxsize=64)
+def _value_and_gradient(loss: Loss, soft: bool):
+    """(logps, ref, preferences, lengths, margins, shift) -> (population loss, its gradient in logps), compiled once."""
+
+    def total(logps, ref, shares, sizes, margins, shift):
+        if loss.unpaired:
+            policy, fixed, info = _unpaired_terms(logps, ref, shares, sizes)
+            count = ref.size
+        else:
+            policy, fixed, info = _pair_terms(loss, logps, ref, shares, sizes, margins, soft, shift)
+            count = policy.chosen.size / (1 if soft else 2)
+        return jnp.sum(jnp.where(info.valid, loss(policy, fixed, info).loss, 0.0)) / count
+
+    return jax.jit(jax.value_and_grad(total))
 
 
 def make_population_loss(
@@ -128,24 +145,18 @@ def make_population_loss(
     """
     shape = np.shape(ref_logps)
     with jax.enable_x64(True):
-        ref = jnp.asarray(ref_logps, jnp.float64)
-        shares = jnp.broadcast_to(jnp.asarray(preferences, jnp.float64), shape if loss.unpaired else (*shape, shape[-1]))
-        sizes = jnp.broadcast_to(jnp.ones(shape[-1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32), shape)
-
-        def total(logps):
-            if loss.unpaired:
-                policy, fixed, info = _unpaired_terms(logps, ref, shares, sizes)
-                count = ref.size
-            else:
-                policy, fixed, info = _pair_terms(loss, logps, ref, shares, sizes, margins, soft, shift)
-                count = policy.chosen.size / (1 if soft else 2)
-            return jnp.sum(jnp.where(info.valid, loss(policy, fixed, info).loss, 0.0)) / count
-
-        compiled = jax.jit(jax.value_and_grad(total))
+        fixed = (
+            jnp.asarray(ref_logps, jnp.float64),
+            jnp.broadcast_to(jnp.asarray(preferences, jnp.float64), shape if loss.unpaired else (*shape, shape[-1])),
+            jnp.broadcast_to(jnp.ones(shape[-1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32), shape),
+            None if margins is None else jnp.asarray(margins, jnp.float64),
+            jnp.asarray(shift, jnp.float64),
+        )
+    compiled = _value_and_gradient(loss, soft)
 
     def population_loss(logps: Values) -> tuple[float, Values]:
         with jax.enable_x64(True):
-            value, gradient = compiled(jnp.asarray(logps, jnp.float64))
+            value, gradient = compiled(jnp.asarray(logps, jnp.float64), *fixed)
         return float(value), np.asarray(gradient)
 
     return population_loss
