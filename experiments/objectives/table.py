@@ -19,7 +19,8 @@ import objective_cases as cases
 
 from dpojax.objectives import make_loss
 
-BOUNDS = {"value": 1e-6, "gradient": 1e-6, "optimum": 2e-3, "devices": 5e-6, "cuts": 5e-6}
+# 1e-5 in float32 is what all of dpojax promises of another topology; forward_kl amplifies rounding most.
+BOUNDS = {"value": 1e-6, "gradient": 1e-6, "optimum": 2e-3, "devices": 1e-5, "cuts": 1e-5}
 ALPHA_BOUND = 1e-5  # TRL computes the alpha divergence in float32
 
 
