@@ -189,7 +189,9 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, template = (load_tokenizer(args.tokenizer) if args.tokenizer else None), unescape(args.prompt_template)
         check_template(template)
         limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
-        data = Dataset(open_records(args.data), RowReader(template, "unpaired" if args.unpaired else "pairs"), tokenizer, limits)
+        data = Dataset(
+            open_records(args.data), RowReader(template, "unpaired" if args.unpaired else "pairs"), tokenizer, limits
+        )
         progress = Progress("reading", data.records.size, "rows", enabled=True)
         found = audit(data, show=args.show, progress=progress)
     except DpojaxError as error:

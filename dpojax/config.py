@@ -356,7 +356,9 @@ def _validate_loss(config: Config) -> None:
         raise ConfigError(str(error)) from error
     mode = config.reference.mode
     if loss.needs_live_reference:
-        _require(mode in ("auto", "live"), "reference.mode", mode, f"'live' or 'auto': {loss.name} needs the reference's parameters")
+        _require(
+            mode in ("auto", "live"), "reference.mode", mode, f"'live' or 'auto': {loss.name} needs the reference's parameters"
+        )
     if loss.uses_reference:
         _require(mode != "none", "reference.mode", mode, f"'live', 'cached' or 'auto': {loss.name} needs a reference")
 

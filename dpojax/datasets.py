@@ -81,12 +81,12 @@ def open_data(job: Job) -> Data:
     sft = _open_dataset(job, sft_records, tokenizer, kind="sft") if sft_records else (None, None)
     loss = config.loss.make()
     kind = "unpaired" if loss.unpaired else "pairs"
-    opened_data = []
+    found = []
     for records, flip in ((train, config.data.flip_labels), (evaluation, 0.0)):
         data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
         _check_pairs(data, index, loss)
-        opened_data += [data, index.with_mismatched(config.seed) if loss.needs("mismatched") else index]
-    return Data(tokenizer, *opened_data, *sft)
+        found += [data, index.with_mismatched(config.seed) if loss.needs("mismatched") else index]
+    return Data._make([tokenizer, *found, *sft])
 
 
 def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:
@@ -104,7 +104,9 @@ def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:
             f"{loss.name} takes its logarithm, so that it must be > 0 (columns score_chosen and score_rejected, or margin)"
         )
     if loss.coupled and not loss.unpaired and (index.soft_labels != 1).any():
-        raise DataError(f"{data.records.name}: column 'soft_label' is not 1 everywhere; {loss.name} compares whole batches and has no soft labels")
+        raise DataError(
+            f"{data.records.name}: column 'soft_label' is not 1 everywhere; {loss.name} compares whole batches and has no soft labels"
+        )
 
 
 def _tokenizer_of(init: str) -> str:

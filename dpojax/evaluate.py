@@ -14,6 +14,7 @@ from dpojax.data.tokens import Tokenizer
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
+from dpojax.objectives import Loss
 from dpojax.policy import Policy
 from dpojax.programs import Program
 from dpojax.train import PairResults, pair_scalars
@@ -34,9 +35,10 @@ def evaluate_pairs(job: Job, program: Program, params, ref, shift, pack: PackGro
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def eval_scalars(r: PairResults, *, unpaired: bool) -> dict[str, float]:
+def eval_scalars(r: PairResults, loss: Loss) -> dict[str, float]:
     """The metrics of the training step with the prefix eval_, over the held-out pairs."""
-    scalars = {"loss": np.mean(r.loss), **pair_scalars(r, unpaired=unpaired)}
+    means = pair_scalars(r, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
+    scalars = {"loss": np.mean(r.loss), **means}
     return {f"eval_{k}": float(v) for k, v in scalars.items()}
 
 

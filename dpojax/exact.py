@@ -26,7 +26,7 @@ def optimal_logps(ref_logps: Values, rewards: Values, beta: float) -> Values:
 
 def log_partition(ref_logps: Values, rewards: Values, beta: float) -> Values:
     """log Z(x) = log sum_y ref(y|x) exp(r(x, y) / beta); beta log Z is the value of the optimum. [...]."""
-    return logsumexp(np.asarray(ref_logps, np.float64) + np.asarray(rewards, np.float64) / beta, axis=-1)
+    return np.asarray(logsumexp(np.asarray(ref_logps, np.float64) + np.asarray(rewards, np.float64) / beta, axis=-1))
 
 
 def implicit_rewards(policy_logps: Values, ref_logps: Values, beta: float) -> Values:
@@ -203,7 +203,7 @@ def _scale(loss: Loss) -> float:
 def minimise_free(loss: Loss, ref_logps: Values, preferences: Values, **more) -> Values:
     """The log-ratios [..., Y] that minimise the population loss when they are free: the responses' probabilities need not
     add up to 1. It is what objectives' optima are stated for; arguments as `make_population_loss`'s.
-    """  # noqa: D205
+    """
     value = make_population_loss(loss, ref_logps, preferences, **more)
     ref, scale = np.asarray(ref_logps, np.float64), _scale(loss)
 

@@ -78,6 +78,12 @@ class Pairs(NamedTuple):
 ls = jax.nn.log_sigmoid
 
 
+def known(*values: Array | None) -> tuple[Array, ...]:
+    """The values, of which none may be missing: what a row of OBJECTIVES says that it needs, the trainer computes."""
+    assert all(v is not None for v in values), "the objective reads what its row of OBJECTIVES does not ask for"
+    return values  # pyright: ignore[reportReturnType]
+
+
 # --- differences of log-ratios ----------------------------------------------------------------------------------------
 
 
@@ -175,16 +181,21 @@ def r_dpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
 
 def odpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
     """ODPO, Amini et al. 2024 (arXiv:2402.10571): -ls(beta h - alpha log(score_w - score_l)); the data brings the scores."""
-    assert x.info.margin is not None, "odpo needs the scores' margin"
-    offset = alpha * jnp.log(jnp.where(x.info.margin > 0, x.info.margin, 1.0))  # padding has no margin
+    (margin,) = known(x.info.margin)
+    offset = alpha * jnp.log(jnp.where(margin > 0, margin, 1.0))  # padding has no margin
     return -ls(beta * x.h - offset)
+
+
+def _head_ratios(x: Pairs) -> tuple[Array, Array]:
+    """Log-ratios of the first min(|y_w|, |y_l|) tokens of both responses."""
+    assert x.ref is not None
+    both = known(x.policy.chosen_head, x.policy.rejected_head, x.ref.chosen_head, x.ref.rejected_head)
+    return both[0] - both[2], both[1] - both[3]
 
 
 def ld_dpo_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
     """LD-DPO, Liu et al. 2024 (arXiv:2409.06411): DPO on log-probs whose tail past min(|y_w|, |y_l|) counts alpha times."""
-    heads = (x.policy.chosen_head, x.policy.rejected_head)
-    assert x.ref is not None and heads[0] is not None, "ld_dpo needs the heads of both responses"
-    a_head, b_head = heads[0] - x.ref.chosen_head, heads[1] - x.ref.rejected_head
+    a_head, b_head = _head_ratios(x)
     return -ls(beta * (a_head + alpha * (x.a - a_head) - b_head - alpha * (x.b - b_head)))
 
 
@@ -193,14 +204,14 @@ def tdpo1_loss(x: Pairs, *, beta: float) -> Float[Array, "B"]:
 
     K = sum over a response's tokens of KL(ref(.|prefix) || pi(.|prefix)), over the full vocabulary.
     """
-    assert x.policy.chosen_kl is not None, "tdpo1 needs the token KL"
-    return -ls(beta * x.h - beta * (x.policy.rejected_kl - x.policy.chosen_kl))
+    k_w, k_l = known(x.policy.chosen_kl, x.policy.rejected_kl)
+    return -ls(beta * x.h - beta * (k_l - k_w))
 
 
 def tdpo2_loss(x: Pairs, *, beta: float, alpha: float) -> Float[Array, "B"]:
     """TDPO-2, Zeng et al. 2024 (arXiv:2404.11999): -ls(beta h - alpha beta (K_l - sg K_w)); sg = no gradient."""
-    assert x.policy.chosen_kl is not None, "tdpo2 needs the token KL"
-    return -ls(beta * x.h - alpha * beta * (x.policy.rejected_kl - jax.lax.stop_gradient(x.policy.chosen_kl)))
+    k_w, k_l = known(x.policy.chosen_kl, x.policy.rejected_kl)
+    return -ls(beta * x.h - alpha * beta * (k_l - jax.lax.stop_gradient(k_w)))
 
 
 # --- each response for itself -----------------------------------------------------------------------------------------
@@ -291,17 +302,15 @@ def kto_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weig
     return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
 
 
-def apo_zero_unpaired_loss(
-    x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float
-) -> Float[Array, "B"]:
+def apo_zero_unpaired_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Float[Array, "B"]:
     """APO-zero (arXiv:2408.06266, Eq. 7) on unpaired data: 1 - s(beta r) on desirable responses, s(beta r) on others."""
     z = beta * x.a
     return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
 
 
 def _desirable(x: Pairs) -> Bool[Array, "B"]:
-    assert x.info.soft_label is not None, "unpaired data has a label per response"
-    return x.info.soft_label > 0.5
+    (label,) = known(x.info.soft_label)
+    return label > 0.5
 
 
 # --- without a reference ----------------------------------------------------------------------------------------------
@@ -439,8 +448,8 @@ def _normalised(x: Pairs, s: Settings) -> Array:
 
 
 def _ld_margin(x: Pairs, s: Settings) -> Array:
-    assert x.ref is not None and x.policy.chosen_head is not None
-    head = x.policy.chosen_head - x.ref.chosen_head - x.policy.rejected_head + x.ref.rejected_head
+    a_head, b_head = _head_ratios(x)
+    head = a_head - b_head
     return head + s["alpha"] * (x.h - head)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpojax.functions import load_function
-from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, sft_loss
+from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, known, sft_loss
 
 SHORTHANDS = {
     "mpo": "0.8*sigmoid+0.2*bco_pair+1*sft",  # Wang et al. 2024, arXiv:2411.10442
@@ -170,8 +170,8 @@ class Loss:
             other = Pairs(x.b, x.a, x.policy.swapped(), None if x.ref is None else x.ref.swapped(), info)
             value = p * value + (1 - p) * objective.function(other, **term.settings)
         if term.wpo:
-            assert x.policy.chosen_weight is not None, "wpo needs the policy's token weights"
-            value = value * jax.lax.stop_gradient(x.policy.chosen_weight * x.policy.rejected_weight)
+            w_w, w_l = known(x.policy.chosen_weight, x.policy.rejected_weight)
+            value = value * jax.lax.stop_gradient(w_w * w_l)
         return value
 
     def at_reference(self, policy: PairLogps, info: PairInfo) -> np.ndarray | None:

@@ -98,7 +98,10 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
         figure, axes = plt.subplots(3, 3, figsize=(12, 9.4), layout="constrained")
         panels = [
             ("loss", [("loss", "train", TRAIN), ("eval_loss", "held out", EVAL)]),
-            ("accuracy of the objective", [("objective/accuracy", "train", TRAIN), ("eval_objective/accuracy", "held out", EVAL)]),
+            (
+                "accuracy of the objective",
+                [("objective/accuracy", "train", TRAIN), ("eval_objective/accuracy", "held out", EVAL)],
+            ),
             ("rewards, held out", [("eval_rewards/chosen", "chosen", CHOSEN), ("eval_rewards/rejected", "rejected", REJECTED)]),
             (
                 "log-probs, held out (nats)",
@@ -109,7 +112,10 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
             if has_sft
             else ("learning rate", [("learning_rate", "train", TRAIN)]),
             ("on-policy KL(policy || reference), nats", [("eval_kl", "held-out prompts", EVAL)]),
-            ("displacement: share of chosen that fell", [("displacement", "train", TRAIN), ("eval_displacement", "held out", EVAL)]),
+            (
+                "displacement: share of chosen that fell",
+                [("displacement", "train", TRAIN), ("eval_displacement", "held out", EVAL)],
+            ),
             ("gradient weight (quantiles), train", [("gradient_weight/q50", "median", TRAIN)]),
         ]
         for axis, (title, lines) in zip(axes.flat, panels, strict=True):
@@ -123,7 +129,12 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
             elif len(lines) > 1:
                 axis.legend(frameon=False)
         axes.flat[1].axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        _band(axes.flat[6], rows, lambda r: (r["eval_kl"] - r["eval_kl_standard_error"], r["eval_kl"] + r["eval_kl_standard_error"]), EVAL)
+        _band(
+            axes.flat[6],
+            rows,
+            lambda r: (r["eval_kl"] - r["eval_kl_standard_error"], r["eval_kl"] + r["eval_kl_standard_error"]),
+            EVAL,
+        )
         _band(axes.flat[8], rows, lambda r: (r["gradient_weight/q10"], r["gradient_weight/q90"]), TRAIN)
         return figure
 
@@ -147,7 +158,11 @@ def plot_heldout(results: PairResults, *, unpaired: bool) -> Any:
     rewards = (results.chosen_rewards, results.rejected_rewards)
     margin, names = rewards[0] - rewards[1], ("chosen", "rejected")
     difference = results.chosen_lengths - results.rejected_lengths
-    labels = ("reward of chosen − reward of rejected", "margin against length difference", "tokens of chosen − tokens of rejected")
+    labels = (
+        "reward of chosen − reward of rejected",
+        "margin against length difference",
+        "tokens of chosen − tokens of rejected",
+    )
     if unpaired:
         rewards, margin, names = (rewards[0][good], rewards[0][~good]), results.margin, ("desirable", "undesirable")
         difference = results.chosen_lengths
@@ -276,7 +291,9 @@ def render_report(
     unit = "responses" if unpaired else "pairs"
     splits = _splits(results, unpaired=unpaired)
     given = {k: v for k, v in dataclasses.asdict(config.loss).items() if v not in (None, {}) and k != "name"}
-    settings = [", ".join([config.loss.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())])]
+    settings = [
+        ", ".join([config.loss.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())])
+    ]
     settings.append(f"{config.batch_size} {unit} a step")
     settings.append(f"{config.optim.name} at {config.optim.learning_rate:g}")
     data = config.data.train or "embedded world"

@@ -1,7 +1,6 @@
 """A whole run: data -> SFT -> DPO -> evaluation -> report. `main.py` calls `run`; the loop is in stages.py."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -129,7 +128,7 @@ class _Evaluation:
         self.results = evaluate.evaluate_pairs(
             self.job, self.program, state.params, ref, state.reward_mean, self.pack, self.groups
         )
-        self.scalars = evaluate.eval_scalars(self.results, unpaired=self.loss.unpaired)
+        self.scalars = evaluate.eval_scalars(self.results, self.loss)
         kl = ""
         if self.sampler is not None and ref is not None:
             value, error = self.sampler.kl(state.params, ref)

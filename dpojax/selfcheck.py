@@ -42,7 +42,9 @@ class _Arrangement(NamedTuple):
     junk: bool  # other token ids at padding
 
 
-def _arrangements(prompts: list[int], responses: list[list[int]], packed: PackShape, separate: PackShape) -> dict[str, _Arrangement]:
+def _arrangements(
+    prompts: list[int], responses: list[list[int]], packed: PackShape, separate: PackShape
+) -> dict[str, _Arrangement]:
     """Packed together; in reverse order, a micro-batch each, with other padding; and one padded row per response."""
     count, shards = len(prompts), packed.num_shards
     cells: list[list[list[list[Segment]]]] = [[[] for _ in range(shards)] for _ in range(count)]
@@ -150,25 +152,25 @@ def self_check(
             step_results(loss, batch, s, np.float32(0)) if loss.coupled else _by_micro_batch(loss, batch, s)
             for s in (scores, moved)
         ]
-        return scores.policy.logps, policy, info, *results
+        return scores.policy.logps, policy, info, tuple(results)
 
     programs = {layout: program(f"self_check_{layout}", check, out_shardings=replicated) for layout in ("shared", "separate")}
     tokens, pairs, first = {}, {}, None
     for name, arrangement in _arrangements(prompts, responses, packed, shape("separate")).items():
         batch = put(_pack(pack, arrangement, prompts, responses, unpaired=loss.unpaired))
-        logps, *rest = jax.device_get(programs[arrangement.shape.layout](params, ref_params, batch))
+        logps, policy, info, (results, moved) = jax.device_get(programs[arrangement.shape.layout](params, ref_params, batch))
         tokens[name] = dict(by_response(arrangement.plan, responses, np.asarray(logps)))
-        pairs[name] = _by_row(rest.pop())
-        first = rest if first is None else first
+        pairs[name] = _by_row(moved)
+        first = (policy, info, results) if first is None else first
     assert first is not None
-    found = _measure(loss, *first, tokens, pairs, dtype)
+    found = _measure(loss, first, tokens, pairs, dtype)
     _judge(loss, found, dtype)
     return found
 
 
-def _measure(
-    loss: Loss, policy: PairLogps, info: PairInfo, results: PairResults, tokens, pairs, dtype: str
-) -> CheckResult:
+def _measure(loss: Loss, packed: tuple[PairLogps, PairInfo, PairResults], tokens: dict, pairs: dict, dtype: str) -> CheckResult:
+    """What the arrangements say; `packed` is the first of them."""
+    policy, info, results = packed
     valid = results.row_id.reshape(-1) >= 0
     flat = lambda x: x if np.ndim(x) == 0 else np.asarray(x, np.float64).reshape(-1)[valid]
     policy, info = jax.tree.map(flat, (policy, info))

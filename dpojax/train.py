@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import PackedBatch
 from dpojax.logps import Reference, TokenScores, response_sums, token_scores
-from dpojax.losses import PairInfo, PairLogps
+from dpojax.losses import PairInfo, PairLogps, known
 from dpojax.models import Model
 from dpojax.objectives import Loss
 
@@ -112,9 +112,7 @@ def batch_scores(
     if ref_params is not None:
         ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)))
     head = model.head(params)
-    return token_scores(
-        model.unembed, head, hidden, ref, mb.predictor, mb.target, mb.num_scored, details, chunk, squares
-    )
+    return token_scores(model.unembed, head, hidden, ref, mb.predictor, mb.target, mb.num_scored, details, chunk, squares)
 
 
 class StepScores(NamedTuple):
@@ -124,18 +122,14 @@ class StepScores(NamedTuple):
     ref_logps: Float[Array, "*M A T"] | None  # None without reference
 
 
-def both_scores(
-    model: Model, loss: Loss, params, ref_params, mb: PackedBatch, *, chunk: int, details=False
-) -> StepScores:
+def both_scores(model: Model, loss: Loss, params, ref_params, mb: PackedBatch, *, chunk: int, details=False) -> StepScores:
     """The policy's and the reference's token scores, as far as `loss` needs them.
 
     The reference's come from the batch where it carries a cache, else from `ref_params`, else there are none.
     """
     full = ref_params if loss.needs("kl") else None
-    policy = batch_scores(
-        model, params, mb, chunk=chunk, details=details, ref_params=full, squares=loss.needs("wpo")
-    )
-    ref_logps = policy.ref_logps if mb.ref_logps is None else mb.ref_logps
+    policy = batch_scores(model, params, mb, chunk=chunk, details=details, ref_params=full, squares=loss.needs("wpo"))
+    ref_logps: Any = policy.ref_logps if mb.ref_logps is None else mb.ref_logps
     if ref_logps is None and ref_params is not None:
         ref_logps = batch_scores(model, ref_params, mb, chunk=chunk).logps
     return StepScores(policy, jax.lax.stop_gradient(ref_logps))
@@ -207,7 +201,8 @@ def step_pairs(loss: Loss, batch: PackedBatch, scores: StepScores) -> tuple[Pair
     """As `pairs_of`, of a whole step: fields [M, ...], the pairs of all micro-batches and shards in one axis."""
     axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
     policy, ref, info = jax.vmap(functools.partial(pairs_of, loss), in_axes=(axes, 0))(batch, scores)
-    mean_length = info.mean_chosen_length[0]
+    (mean_length,) = known(info.mean_chosen_length)
+    mean_length = mean_length[0]
     policy, ref, info = jax.tree.map(lambda x: x.reshape(-1), (policy, ref, info))
     return policy, ref, info._replace(mean_chosen_length=mean_length)
 
@@ -270,7 +265,7 @@ def _right(margin):
     return (margin > 0) + 0.5 * (margin == 0)  # a tie is half right
 
 
-def pair_scalars(r: PairResults, *, unpaired: bool) -> dict[str, Float[Array, ""]]:
+def pair_scalars(r: PairResults, *, unpaired: bool, mismatched: bool = False) -> dict[str, Float[Array, ""]]:
     """Means over the pairs of a batch, under TRL's names where TRL has them.
 
     Beyond TRL: objective/accuracy (of what the objective trains, e.g. length-normalised), displacement (share of chosen
@@ -280,6 +275,7 @@ def pair_scalars(r: PairResults, *, unpaired: bool) -> dict[str, Float[Array, ""
     Args:
       r: its padding is left out.
       unpaired: chosen and rejected are the responses with label 1 and 0.
+      mismatched: r.rejected_* are those of mismatched responses, from which KTO's reference point comes.
     """
     valid = r.row_id >= 0
     chosen, rejected = (valid & (r.label > 0.5), valid & (r.label <= 0.5)) if unpaired else (valid, valid)
@@ -302,9 +298,10 @@ def pair_scalars(r: PairResults, *, unpaired: bool) -> dict[str, Float[Array, ""
     }
     if r.ref_chosen is not None:
         found["displacement"] = _mean(r.policy_chosen < r.ref_chosen, chosen)
-    if unpaired:
+    if mismatched:
+        assert r.ref_rejected is not None
         found["kl"] = jnp.maximum(0.0, _mean(r.policy_rejected - r.ref_rejected, valid))  # KTO's z0, as TRL calls it
-    else:
+    if not unpaired:
         found["rewards/accuracies_chosen_longer"] = _mean(_right(margin), valid & (longer > 0))
         found["rewards/accuracies_chosen_shorter"] = _mean(_right(margin), valid & (longer < 0))
     # Means over tokens, as TRL takes them.
@@ -430,7 +427,14 @@ def preference_gradients(model: Model, loss: Loss, *, chunk: int, two_passes: bo
 
     def _finish(mean, grads, results: PairResults, batch: PackedBatch, reward_mean) -> Gradients:
         results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
-        return Gradients(mean, grads, pair_scalars(results, unpaired=loss.unpaired), results.loss, batch.row_id, reward_mean)
+        return Gradients(
+            mean,
+            grads,
+            pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched")),
+            results.loss,
+            batch.row_id,
+            reward_mean,
+        )
 
     return coupled if (loss.coupled if two_passes is None else two_passes) else separate
 

@@ -114,7 +114,9 @@ CASES: dict[str, Case] = {
     "apo_down": Case("apo_down", {"beta": 0.1}, NONE_FINITE),
     "discopop": Case("discopop", {"beta": 0.05, "tau": 0.05}, "local minima"),
     "dpop": Case("dpop", {"beta": 0.3, "dpop_lambda": 50.0}, SIGMOID),
-    "r_dpo": Case("r_dpo", {"beta": 0.1, "alpha": 0.1}, _difference(lambda s: logit(P) - s["alpha"] * (LENGTHS[0] - LENGTHS[1]))),
+    "r_dpo": Case(
+        "r_dpo", {"beta": 0.1, "alpha": 0.1}, _difference(lambda s: logit(P) - s["alpha"] * (LENGTHS[0] - LENGTHS[1]))
+    ),
     "odpo": Case("odpo", {"beta": 0.1, "alpha": 1.0}, _difference(_odpo_gap)),
     "ld_dpo": Case("ld_dpo", {"beta": 0.1, "alpha": 0.5}, SIGMOID, lengths=(1, 1)),
     "tdpo1": Case("tdpo1", {"beta": 0.5}, SIGMOID, "simplex"),
@@ -126,7 +128,9 @@ CASES: dict[str, Case] = {
     "orpo": Case("orpo", {"orpo_lambda": 0.1}, _orpo, "simplex", lengths=(1, 1)),
     "cpo": Case("cpo", {"beta": 1.0, "alpha": 1.0, "sft_normalize": "pair"}, SIGMOID, "simplex", lengths=(1, 1)),
     "sft": Case("sft", {"sft_normalize": "pair"}, lambda s, r: r[0] - r[1] - logit(P), "simplex", lengths=(1, 1)),
-    "sigmoid + .2 sft": Case("sigmoid", {"beta": 1.0, "sft_weight": 0.2, "sft_normalize": "pair"}, SIGMOID, "simplex", lengths=(1, 1)),
+    "sigmoid + .2 sft": Case(
+        "sigmoid", {"beta": 1.0, "sft_weight": 0.2, "sft_normalize": "pair"}, SIGMOID, "simplex", lengths=(1, 1)
+    ),
     "mpo": Case("mpo", {"beta": 0.1}, "no closed form"),
     "kto": Case("kto", {"beta": 0.1}, NONE_FINITE),
     "kto weighted": Case("kto", {"beta": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.5}, NONE_FINITE),

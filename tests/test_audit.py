@@ -67,5 +67,10 @@ def test_labelled_responses_are_counted_by_their_label(tmp_path, capsys):
     world.make_world(7, num_posts=2000, num_pairs=4, num_eval=4).tokenizer.save(tmp_path)
     assert audit.main([f"--data={tmp_path / 'x.jsonl'}", f"--tokenizer={tmp_path / 'tokenizer.model'}", "--unpaired"]) == 0
     text = capsys.readouterr().out
-    for line in ("5 usable labelled responses", "1 labelled responses occur again: x.jsonl:5", "x.jsonl:3 reverses x.jsonl:1", "60.0%"):
+    for line in (
+        "5 usable labelled responses",
+        "1 labelled responses occur again: x.jsonl:5",
+        "x.jsonl:3 reverses x.jsonl:1",
+        "60.0%",
+    ):
         assert line in text, line

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -50,14 +49,18 @@ def test_implicit_rewards_of_the_optimum_are_the_rewards_up_to_a_constant(beta, 
     np.testing.assert_allclose(star, exact.optimal_logps(REF, REWARD, beta), atol=1e-9)
     difference = exact.implicit_rewards(star, REF, beta) - REWARD
     np.testing.assert_allclose(difference, difference[:, :1] * np.ones(6), atol=1e-9)
-    np.testing.assert_allclose(exact.bradley_terry(exact.implicit_rewards(star, REF, beta)), exact.bradley_terry(REWARD), atol=1e-12)
+    np.testing.assert_allclose(
+        exact.bradley_terry(exact.implicit_rewards(star, REF, beta)), exact.bradley_terry(REWARD), atol=1e-12
+    )
 
 
 def test_bradley_terry_and_kl_are_what_they_say():
     p = exact.bradley_terry(REWARD)
     np.testing.assert_allclose(p + np.swapaxes(p, -1, -2), 1)
     np.testing.assert_allclose(p[0, 1, 2], 1 / (1 + np.exp(REWARD[0, 2] - REWARD[0, 1])))
-    by_hand = [sum(np.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(REF, np.roll(REF, 1, 0), strict=True)]
+    by_hand = [
+        sum(np.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(REF, np.roll(REF, 1, 0), strict=True)
+    ]
     np.testing.assert_allclose(exact.kl(REF, np.roll(REF, 1, 0)), by_hand)
 
 
@@ -96,7 +99,7 @@ def test_the_simplex_cannot_reach_what_is_optimal_for_free_log_ratios():
         assert abs(np.exp(free).sum() - 1) > 1e-2 and abs(np.exp(on).sum() - 1) < 1e-9
         grid = np.log(np.stack([np.linspace(1e-4, 1 - 1e-4, 20001), 1 - np.linspace(1e-4, 1 - 1e-4, 20001)], -1))
         value = exact.make_population_loss(loss, ref, preferences)
-        coarse = min((value(g)[0], tuple(g)) for g in grid[:: 40])[1]
+        coarse = min((value(g)[0], tuple(g)) for g in grid[::40])[1]
         np.testing.assert_allclose(np.exp(on), np.exp(coarse), atol=3e-3)
         assert value(free)[0] < value(on)[0]
 
@@ -113,7 +116,8 @@ def _population(preferences: np.ndarray):
     made = []
     for row, prompt in enumerate(PROMPTS):
         pairs = tuple(
-            TokenPair(i, j, 1.0, float(preferences[row, i, j]), 0.0) for i, j in itertools.combinations(range(len(RESPONSES)), 2)
+            TokenPair(i, j, 1.0, float(preferences[row, i, j]), 0.0)
+            for i, j in itertools.combinations(range(len(RESPONSES)), 2)
         )
         responses = tuple(np.array(r, np.int32) for r in RESPONSES)
         made.append(TokenGroup(np.array(prompt, np.int32), responses, pairs, row))

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -145,13 +146,13 @@ def _by_hand(label, a, b, heads, kl, lengths, margin):
         "bco_pair_shift": lambda: softplus(beta * a - 0.1) + softplus(-(beta * b - 0.1)),
         "sigmoid, e .1 (cDPO)": lambda: 0.9 * softplus(beta * h) + 0.1 * softplus(-beta * h),
         "ipo, summed": lambda: (h - 1 / (2 * beta)) ** 2,
-        "ld_dpo": lambda: softplus(
-            beta * (heads[0] + s["alpha"] * (a - heads[0]) - heads[1] - s["alpha"] * (b - heads[1]))
-        ),
+        "ld_dpo": lambda: softplus(beta * (heads[0] + s["alpha"] * (a - heads[0]) - heads[1] - s["alpha"] * (b - heads[1]))),
     }[label]()
 
 
-@pytest.mark.parametrize("label", ["dpop", "r_dpo", "odpo", "tdpo1", "tdpo2", "bco_pair_shift", "sigmoid, e .1 (cDPO)", "ipo, summed", "ld_dpo"])
+@pytest.mark.parametrize(
+    "label", ["dpop", "r_dpo", "odpo", "tdpo1", "tdpo2", "bco_pair_shift", "sigmoid, e .1 (cDPO)", "ipo, summed", "ld_dpo"]
+)
 def test_objectives_without_an_oracle_in_trl_follow_their_equations(label):
     with jax.enable_x64(True):
         policy, ref = random_pairs(2, dtype=np.float64, everything=True)
@@ -162,7 +163,10 @@ def test_objectives_without_an_oracle_in_trl_follow_their_equations(label):
             at = lambda x, i=i: float(x[i])
             a, b = at(policy.chosen) - at(ref.chosen), at(policy.rejected) - at(ref.rejected)
             heads = at(policy.chosen_head) - at(ref.chosen_head), at(policy.rejected_head) - at(ref.rejected_head)
-            kl, lengths = (at(policy.chosen_kl), at(policy.rejected_kl)), (at(policy.chosen_lengths), at(policy.rejected_lengths))
+            kl, lengths = (
+                (at(policy.chosen_kl), at(policy.rejected_kl)),
+                (at(policy.chosen_lengths), at(policy.rejected_lengths)),
+            )
             assert math.isclose(at(found), _by_hand(label, a, b, heads, kl, lengths, at(info.margin)), rel_tol=1e-9)
 
 
@@ -267,7 +271,7 @@ def test_objectives_without_a_finite_optimum_fall_all_the_way(label):
     # apo_down pushes the winning side down too, only less
     way = np.array([-1.0, -3.0]) if label == "apo_down" else np.array([1.0, -1.0])
     found = [value(ref + way * size)[0] for size in (0, 5, 20, 80, 300)]
-    assert all(x > y for x, y in zip(found, found[1:], strict=False))
+    assert all(x > y for x, y in itertools.pairwise(found))
 
 
 def test_discopop_has_a_local_minimum_of_the_wrong_sign():
@@ -311,7 +315,10 @@ def test_extreme_log_ratios_stay_finite(label, dtype):
         assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(found))
 
     check()
-    ends = jnp.asarray([1e4, -1e4, 1e4, -1e4, 0, 1e-3, -80, 80], dtype), jnp.asarray([1e4, 1e4, -1e4, -1e4, 0, 0, 80, -80], dtype)
+    ends = (
+        jnp.asarray([1e4, -1e4, 1e4, -1e4, 0, 1e-3, -80, 80], dtype),
+        jnp.asarray([1e4, 1e4, -1e4, -1e4, 0, 0, 80, -80], dtype),
+    )
     found = _value_and_gradient(label, dtype)(*ends, (jnp.int32(1), jnp.int32(1)))
     assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(found))
 
@@ -321,11 +328,24 @@ DIFFERENCES = ["sigmoid", "robust", "hinge", "ipo, summed", "exo_pair", "discopo
 
 
 @settings(deadline=None, max_examples=60)
-@given(NATS, NATS, st.floats(0, 1, width=32), st.sampled_from([k for k, c in cases.CASES.items() if c.name in ("sigmoid", "ipo", "hinge", "nca_pair", "sppo_hard", "simpo", "r_dpo", "exo_pair", "dpop")]))
+@given(
+    NATS,
+    NATS,
+    st.floats(0, 1, width=32),
+    st.sampled_from(
+        [
+            k
+            for k, c in cases.CASES.items()
+            if c.name in ("sigmoid", "ipo", "hinge", "nca_pair", "sppo_hard", "simpo", "r_dpo", "exo_pair", "dpop")
+        ]
+    ),
+)
 def test_swapping_the_responses_swaps_the_soft_label(a, b, p, label):
     loss, zero = loss_of(label), pair(0.0, 0.0, (3, 5))
     policy = pair(np.float32(a), np.float32(b), (3, 5))
-    one = loss(policy, zero, PairInfo(soft_label=jnp.asarray([p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))).loss
+    one = loss(
+        policy, zero, PairInfo(soft_label=jnp.asarray([p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
+    ).loss
     info = PairInfo(soft_label=jnp.asarray([1 - p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
     other = loss(policy.swapped(), zero.swapped(), info).loss
     if not cases.CASES[label].settings.get("sft_weight"):  # an SFT term learns the chosen side, whatever the label
@@ -343,11 +363,18 @@ def test_a_shift_of_both_log_ratios_changes_no_difference_loss(a, b, shift, labe
 
 
 @settings(deadline=None, max_examples=60)
-@given(NATS, NATS, st.floats(0.0625, 5, width=32), st.sampled_from(["sigmoid", "hinge", "nca_pair", "bco_pair", "apo_zero", "apo_down", "tdpo1"]))
+@given(
+    NATS,
+    NATS,
+    st.floats(0.0625, 5, width=32),
+    st.sampled_from(["sigmoid", "hinge", "nca_pair", "bco_pair", "apo_zero", "apo_down", "tdpo1"]),
+)
 def test_beta_only_scales_the_log_ratios(a, b, beta, name):
     with jax.enable_x64(True):
         ref = pair(0.0, 0.0, everything=True)
-        policy = lambda s: pair(np.float64(a) * s, np.float64(b) * s)._replace(chosen_kl=jnp.ones(1) * s, rejected_kl=2 * jnp.ones(1) * s)
+        policy = lambda s: pair(np.float64(a) * s, np.float64(b) * s)._replace(
+            chosen_kl=jnp.ones(1) * s, rejected_kl=2 * jnp.ones(1) * s
+        )
         scaled, unit = make_loss(name, beta=beta)(policy(1.0), ref).loss, make_loss(name, beta=1.0)(policy(beta), ref).loss
         np.testing.assert_allclose(scaled, unit, rtol=1e-9, atol=1e-12)
 
@@ -449,9 +476,17 @@ def test_a_users_own_function_brings_its_settings_and_a_row_what_it_needs(tmp_pa
     np.testing.assert_allclose(own(policy, ref).loss, make_loss("sigmoid", beta=0.1)(policy, ref).loss + 2, rtol=1e-6)
     assert own.source and not own.coupled and own.at_reference(policy, PairInfo()) is None
     summed = make_loss(f"0.5*{tmp_path}/mine.py:mine+1*ipo", beta=0.1, extra={"kappa": 2.0})
-    np.testing.assert_allclose(summed(policy, ref).loss, 0.5 * own(policy, ref).loss + make_loss("ipo", beta=0.1)(policy, ref).loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        summed(policy, ref).loss, 0.5 * own(policy, ref).loss + make_loss("ipo", beta=0.1)(policy, ref).loss, rtol=1e-5
+    )
     assert make_loss(f"{tmp_path}/mine.py:row", beta=0.1).coupled
     with pytest.raises(ValueError, match="kappa"):
         make_loss(f"{tmp_path}/mine.py:mine", beta=0.1)
     for name in OBJECTIVES:
-        assert make_loss(cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].name, **cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].settings).source == ""
+        assert (
+            make_loss(
+                cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].name,
+                **cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].settings,
+            ).source
+            == ""
+        )

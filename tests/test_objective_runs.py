@@ -144,7 +144,15 @@ def test_a_config_outside_the_package_brings_its_own_objective(plain, files, tmp
     assert "no closed form at policy == reference" in output
     np.testing.assert_allclose(losses(tmp_path / "w")[:2], 2 * losses(plain[0])[:2], rtol=1e-6)
     # another function under the same name is another loss
-    output = run_own(files, tmp_path, "mine", "config.loss.extra.kappa = 2.0", code=4, source=OWN.replace("* kappa", "* kappa * 1.0"), num_steps=5)
+    output = run_own(
+        files,
+        tmp_path,
+        "mine",
+        "config.loss.extra.kappa = 2.0",
+        code=4,
+        source=OWN.replace("* kappa", "* kappa * 1.0"),
+        num_steps=5,
+    )
     assert "another loss" in output
 
 
@@ -181,7 +189,12 @@ def test_odpo_names_the_row_whose_scores_are_the_wrong_way_round(files, tmp_path
     pairs = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
     made = [{**p, "score_chosen": 2.0, "score_rejected": 2.5 if i == 4 else 1.0} for i, p in enumerate(pairs)]
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-    changes = {"loss.name": "odpo", "loss.alpha": 1.0, "data.train": tmp_path / "scored.jsonl", "data.eval": tmp_path / "scored.jsonl"}
+    changes = {
+        "loss.name": "odpo",
+        "loss.alpha": 1.0,
+        "data.train": tmp_path / "scored.jsonl",
+        "data.eval": tmp_path / "scored.jsonl",
+    }
     assert main(command(files, tmp_path / "w", **changes)[3:]) == 3
     error = capsys.readouterr().err
     assert "scored.jsonl:5" in error and "-0.5" in error
@@ -208,6 +221,10 @@ def test_recipes_are_valid_configs():
         config = from_config_dict(values)
         assert config.loss.make().name and config.optim.learning_rate <= 1e-5
     done = subprocess.run(
-        [sys.executable, "-m", "dpojax.main", "--config=configs/recipes.py"], cwd=ROOT, capture_output=True, text=True, env=environment()
+        [sys.executable, "-m", "dpojax.main", "--config=configs/recipes.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert done.returncode == 2 and "zephyr" in done.stderr

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpojax.data.packing import plan_step, step_shape, visible, waste
-from dpojax.objectives import make_loss
 from dpojax.models.attention import blocked_attention, full_attention
+from dpojax.objectives import make_loss
 from dpojax.train import make_token_logps_step, micro_batch, preference_sums
 
 MODEL = tiny.model()

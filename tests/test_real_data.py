@@ -11,9 +11,9 @@ from dpojax.data.pipeline import PackGroups, make_shape, step_positions
 from dpojax.data.records import Records, open_records
 from dpojax.data.tokens import Limits, load_tokenizer
 from dpojax.data.triples import RowReader
-from dpojax.objectives import make_loss
 from dpojax.models import hf, make_decoder
 from dpojax.models.attention import make_attention
+from dpojax.objectives import make_loss
 from dpojax.train import batch_scores, micro_batch, preference_sums
 
 FILES = {

@@ -29,7 +29,16 @@ def test_sampled_log_probs_equal_the_training_forward():
         np.testing.assert_allclose(tiny.naive_logps(MODEL, PARAMS, prompt, response).sum(), total, atol=1e-4)
     scorer = jax.jit(sampling.make_scorer(MODEL, prompt_width=64, num_shards=1, chunk=16))
     scores = sampling.score_batches(
-        scorer, PARAMS, PROMPTS, responses, width=64, batch_size=2, max_new_tokens=12, pad_id=0, put=jnp.asarray, fetch=np.asarray
+        scorer,
+        PARAMS,
+        PROMPTS,
+        responses,
+        width=64,
+        batch_size=2,
+        max_new_tokens=12,
+        pad_id=0,
+        put=jnp.asarray,
+        fetch=np.asarray,
     )
     np.testing.assert_allclose(scores, sums, atol=1e-4)
 

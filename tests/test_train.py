@@ -195,7 +195,9 @@ def test_the_shift_of_bco_is_the_running_mean_of_the_rewards():
 
 def test_formatting_tokens_count_in_no_sum_and_no_length():
     made = groups(4)
-    masked = [g._replace(counted=tuple(np.arange(len(r)) > 0 for r in g.responses)) for g in made if min(map(len, g.responses)) > 1]
+    masked = [
+        g._replace(counted=tuple(np.arange(len(r)) > 0 for r in g.responses)) for g in made if min(map(len, g.responses)) > 1
+    ]
     batch, _ = tiny.pack(masked, row_tokens=64, shard_rows=4)
     mb = micro_batch(batch, 0)
     found = pair_logps(mb, batch_scores(MODEL, PARAMS, mb, chunk=16).logps)
@@ -210,7 +212,11 @@ def test_formatting_tokens_count_in_no_sum_and_no_length():
 def test_a_reference_free_objective_needs_no_reference_and_no_reference_changes_it():
     loss = make_loss("simpo", beta=2.0, gamma=0.5)
     batch, _ = tiny.pack(groups(), row_tokens=64, shard_rows=4)
-    run = jax.jit(lambda r: preference_gradients(MODEL, loss, chunk=32)(new_state(optax.identity(), PARAMS), r, batch, jnp.asarray(False), none))
+    run = jax.jit(
+        lambda r: preference_gradients(MODEL, loss, chunk=32)(
+            new_state(optax.identity(), PARAMS), r, batch, jnp.asarray(False), none
+        )
+    )
     alone, beside = run(None), run(REF)
     np.testing.assert_allclose(alone.loss, beside.loss, rtol=1e-6)
     assert "displacement" in beside.scalars and "displacement" not in alone.scalars
@@ -257,7 +263,7 @@ def test_diagnostics_are_those_computed_by_hand():
 def test_unpaired_metrics_go_by_the_label():
     r = results(label=np.array([1, 1, 0, 0, 0, 1, 0, 1, 1], np.float32))
     good = r.label > 0.5
-    found = {k: float(v) for k, v in pair_scalars(r, unpaired=True).items()}
+    found = {k: float(v) for k, v in pair_scalars(r, unpaired=True, mismatched=True).items()}
     np.testing.assert_allclose(found["rewards/chosen"], r.chosen_rewards[good].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["rewards/rejected"], r.chosen_rewards[~good].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["logps/rejected"], r.policy_chosen[~good].mean(), rtol=1e-5)
@@ -280,7 +286,9 @@ def test_weights_and_labels_of_the_data_reach_the_loss():
     for name, gs in (("plain", made), ("weighted", weighted)):
         batch, _ = tiny.pack(gs, row_tokens=64, shard_rows=4)
         run = preference_gradients(MODEL, make_loss("sigmoid", beta=1.0), chunk=32)
-        found = jax.jit(lambda s, b, run=run: run(s, REF, b, jnp.asarray(True), none))(new_state(optax.identity(), PARAMS), batch)
+        found = jax.jit(lambda s, b, run=run: run(s, REF, b, jnp.asarray(True), none))(
+            new_state(optax.identity(), PARAMS), batch
+        )
         total[name] = float(found.loss)
         h = np.asarray(found.scalars["rewards/margins"])
     # -ls(-h) = -ls(h) + h: the soft label only adds its share of the mean margin

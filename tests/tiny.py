@@ -78,7 +78,10 @@ def pack(made: list[TokenGroup], *, layout="shared", row_tokens=128, shard_rows=
         lambda i: made[i],
         prompt_lengths=prompts,
         response_lengths=responses,
-        counted_lengths=[[len(r) if g.counted is None else int(c.sum()) for r, c in zip(g.responses, g.counted or g.responses)] for g in made],
+        counted_lengths=[
+            [len(r) if g.counted is None else int(c.sum()) for r, c in zip(g.responses, g.counted or g.responses, strict=True)]
+            for g in made
+        ],
         pairs=[g.pairs for g in made],
         shards=list(range(num_shards)) if shards is None else shards,
         pad_id=0,

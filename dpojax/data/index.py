@@ -214,7 +214,8 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
     chosen, rejected, *numbers = zip(*pairs, strict=True) if pairs else [()] * 5
     groups = map(whole, (rows, prompts, response_offsets, responses, counted, pair_offsets, chosen, rejected))
     numbers = (np.asarray(n, np.float64) for n in numbers)
-    return Index(*groups, *numbers, whole(hashes), whole(largest), dict(counts), tuple(bad), tuple(dropped))
+    texts = (dict(counts), tuple(bad), tuple(dropped))
+    return Index._make([*groups, *numbers, whole(hashes), whole(largest), *texts, None])
 
 
 def load_or_build_index(
@@ -231,7 +232,7 @@ def load_or_build_index(
         try:
             with np.load(path, allow_pickle=False) as file:
                 texts = json.loads(str(file["texts"]))
-                index = Index(*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2]))
+                index = Index._make([*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2]), None])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
         else:

@@ -273,7 +273,9 @@ def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The ids of comma-separated pieces. Raises ConfigError for one that the tokenizer does not have."""
     wanted = [n for n in names.split(",") if n]
     if wanted and tokenizer is None:
-        raise ConfigError(f"data.mask_tokens={names!r}: the rows are token ids; give them chosen_mask and rejected_mask columns")
+        raise ConfigError(
+            f"data.mask_tokens={names!r}: the rows are token ids; give them chosen_mask and rejected_mask columns"
+        )
     found = {}
     for name in wanted:
         assert tokenizer is not None

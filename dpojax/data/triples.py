@@ -208,7 +208,9 @@ def _label(group: Group, row: Row, where: str, kind: str) -> Group:
         raise DataError(f"{where}: column {key!r} is missing; an unpaired objective needs it for every response")
     labels, texts = (row[key], row["completions"]) if key == "labels" else ([row[key]], list(group.responses))
     if not isinstance(labels, list) or len(labels) != len(texts) or not all(v in (0, 1) for v in labels):
-        raise DataError(f"{where}: column {key!r} is {row[key]!r:.60}; it must be true or false for each of {len(texts)} responses")
+        raise DataError(
+            f"{where}: column {key!r} is {row[key]!r:.60}; it must be true or false for each of {len(texts)} responses"
+        )
     place = {text: i for i, text in enumerate(group.responses)}
     if kind == "sft":
         good = tuple(dict.fromkeys(t for t, label in zip(texts, labels, strict=True) if label))
