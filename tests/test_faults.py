@@ -24,7 +24,7 @@ from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
 from dpojax.main import make_workdir
 from dpojax.models import hf
-from dpojax.train import SPIKE_AFTER_STEPS, Ratio, make_train_step, new_state
+from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, new_state
 
 
 def checksums(workdir, step=6):
@@ -255,13 +255,12 @@ def spiky_step(*, skip):
     batch, _ = tiny.pack(tiny.groups(np.random.default_rng(0), 2))
     batch = jax.tree.map(jnp.asarray, batch)
 
-    def sums(params, ref, mb, details):
-        loss = mb.pair_weight[0, 0] * params["x"]
-        return loss, ({"seen": Ratio(loss, jnp.ones(()))}, jnp.zeros(mb.valid.shape))
+    def gradients(state, ref, b, details, constrain):
+        loss, grads = jax.value_and_grad(lambda p: b.pair_weight[0, 0, 0] * p["x"])(state.params)
+        return Gradients(loss, grads, {"seen": loss}, jnp.zeros(b.valid.shape), b.row_id, state.reward_mean)
 
     optimizer = optax.sgd(1e-3)
-    one, rows = lambda b: jnp.ones(()), lambda b: b.row_id
-    step = make_train_step(sums, one, rows, optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
+    step = make_train_step(gradients, optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
     state = new_state(optimizer, {"x": jnp.ones(())})
     return jax.jit(step), state, lambda w: batch._replace(pair_weight=jnp.full_like(batch.pair_weight, w))
 
