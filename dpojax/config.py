@@ -215,6 +215,13 @@ class Config:
     sample: SampleConfig
 
 
+def resolved_mode(config: Config) -> str:
+    """reference.mode: live, cached or none; auto is none where the objective takes no reference."""
+    if config.reference.mode != "auto":
+        return config.reference.mode
+    return "live" if config.loss.make().uses_reference else "none"
+
+
 def _convert(value, kind, field: str):
     """`value` as `kind` (a dataclass, a plain type, `T | None` or dict[str, str]); ConfigError otherwise."""
     if dataclasses.is_dataclass(kind):
@@ -354,6 +361,9 @@ def _validate_loss(config: Config) -> None:
         loss = config.loss.make()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    flips = config.data.flip_labels
+    if loss.needs("scores"):
+        _require(flips == 0, "data.flip_labels", flips, f"0: a flipped pair has no score margin for {loss.name}")
     mode = config.reference.mode
     if loss.needs_live_reference:
         _require(

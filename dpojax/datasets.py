@@ -44,6 +44,12 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
         write=job.main_process,
         progress=progress,
     )
+    absent = [i for i in sorted(masked) if f"masked/{i}" not in index.counts]
+    if absent and tokenizer is not None:
+        raise ConfigError(
+            f"data.mask_tokens names {', '.join(repr(tokenizer.piece(i)) for i in absent)}, and no response of {records.name} holds it "
+            "(text that spells a special token is read as plain text); rows of ids have chosen_mask and rejected_mask"
+        )
     counts, left_out = index.counts, [*index.dropped, *index.bad]
     notes = [f"{v} {k.removeprefix('dropped/')}" for k, v in counts.items() if k.startswith("dropped/") and v]
     notes += [f"{v} pairs by {k.removeprefix('dropped_pair/')}" for k, v in counts.items() if k.startswith("dropped_pair/")]

@@ -69,6 +69,8 @@ class Sampling:
             chunk=job.config.model.logps_chunk_tokens,
         )
         self.scorer = job.program("scorer", scorer, out_shardings=job.replicated)
+        # of a reference with its own dtype or shardings, so that no copy of it is needed
+        self.ref_scorer = job.program("reference_scorer", scorer, out_shardings=job.replicated)
 
     @property
     def from_the_policy(self) -> bool:
@@ -88,14 +90,14 @@ class Sampling:
     def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
         score = functools.partial(
             sampling.score_batches,
-            self.scorer,
             prompts=prompts,
             responses=responses,
             width=sampling.prompt_width(self.prompts),
             max_new_tokens=self.job.config.sample.max_new_tokens,
             **self.common,
         )
-        return score(params) - score(reference.like(ref, params))
+        ref_scorer = self.scorer if reference.same_layout(ref, params) else self.ref_scorer
+        return score(self.scorer, params) - score(ref_scorer, ref)
 
     def compare(self, params, ref) -> dict[str, Any]:
         """Policy and reference answer the same prompts. `ref` may have another dtype and sharding than `params`."""

@@ -65,7 +65,9 @@ def _pair_terms(loss: Loss, logps, ref_logps, preferences, lengths, margins, sof
     def both(v, policy: bool) -> PairLogps:
         pairs = PairLogps(take(v, i), take(v, j), take(lengths, i), take(lengths, j))
         if loss.needs("head"):
-            pairs = pairs._replace(chosen_head=pairs.chosen, rejected_head=pairs.rejected)
+            share = jnp.minimum(pairs.chosen_lengths, pairs.rejected_lengths)
+            heads = pairs.chosen * share / pairs.chosen_lengths, pairs.rejected * share / pairs.rejected_lengths
+            pairs = pairs._replace(chosen_head=heads[0], rejected_head=heads[1])
         if policy and loss.needs("kl"):  # of one token: every response of a prompt has the same
             own = jnp.sum(jnp.exp(ref_logps) * (ref_logps - v), axis=-1, keepdims=True) + jnp.zeros_like(v)
             pairs = pairs._replace(chosen_kl=take(own, i), rejected_kl=take(own, j))
@@ -78,7 +80,10 @@ def _pair_terms(loss: Loss, logps, ref_logps, preferences, lengths, margins, sof
     info = PairInfo(
         weight=None if soft else shares,
         soft_label=shares if soft else jnp.ones_like(shares),
-        margin=None if margins is None else jnp.broadcast_to(margins, (*logps.shape[:-1], y, y))[..., i, j].reshape(-1),
+        # an offset is that of the pair, in both orders
+        margin=None
+        if margins is None
+        else jnp.abs(jnp.broadcast_to(margins, (*logps.shape[:-1], y, y))[..., i, j].reshape(-1)),
         # Every response is the chosen one with the probability that it wins.
         mean_chosen_length=jnp.sum(shares * policy.chosen_lengths) / jnp.sum(shares),
         valid=shares > 0 if loss.coupled else jnp.ones(shares.shape, bool),
@@ -132,7 +137,8 @@ def make_population_loss(
     """The function logps [..., Y] -> (population loss, its gradient), in float64.
 
     Every two responses of a prompt are compared alike often, and y_i wins with probability p_ij: the mean over the
-    pairs of p_ij loss(i, j) + p_ji loss(j, i). Objectives that look inside a response take it as one token.
+    pairs of p_ij loss(i, j) + p_ji loss(j, i). Objectives that look inside a response take it as one token (tdpo, wpo), or
+    its log-prob as spread evenly over its tokens (ld_dpo).
 
     Args:
       loss: any objective.
@@ -142,7 +148,17 @@ def make_population_loss(
       margins: score of y_i minus score of y_j, [..., Y, Y], for odpo.
       soft: one row for a pair, with p_ij as its soft label, instead of both orders.
       shift: d of bco_pair_shift.
+    Raises: ValueError for AOT with labels that are not certain: its batch is then no list of these pairs.
     """
+    uncertain = (
+        not np.isin(np.asarray(preferences)[..., ~np.eye(np.shape(ref_logps)[-1], dtype=bool)], (0, 1)).all()
+        if not loss.unpaired
+        else False
+    )
+    if uncertain and any(t.objective.coupled and "shift" not in t.objective.needs for t in loss.terms):
+        raise ValueError(
+            f"{loss.name} compares whole batches: its population loss is defined here for preferences of 0 and 1 only"
+        )
     shape = np.shape(ref_logps)
     with jax.enable_x64(True):
         fixed = (

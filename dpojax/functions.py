@@ -1,11 +1,25 @@
-"""A setting's text -> the user's own function: module:name or file.py:name. The file is executed."""
+"""A setting's text -> the user's own function: module:name or file.py:name. The file is executed, once."""
 
+import functools
+import hashlib
 import importlib
 import importlib.util
 import pathlib
 from typing import Any
 
 from dpojax.errors import ConfigError
+
+
+@functools.lru_cache
+def _run_file(place: str, modified_ns: int) -> Any:
+    """The module of a file as it was at that time."""
+    del modified_ns
+    spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{place} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_function(spec: str, setting: str, *, kind: type | None = None) -> Any:
@@ -19,11 +33,7 @@ def load_function(spec: str, setting: str, *, kind: type | None = None) -> Any:
     place, _, name = spec.rpartition(":")
     try:
         if place.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
-            if module_spec is None or module_spec.loader is None:
-                raise ImportError(f"{place} is not a Python file")
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
+            module = _run_file(place, pathlib.Path(place).stat().st_mtime_ns)
         else:
             module = importlib.import_module(place)
         function = getattr(module, name)
@@ -32,3 +42,13 @@ def load_function(spec: str, setting: str, *, kind: type | None = None) -> Any:
         return function
     except Exception as error:  # whatever a user's file raises is theirs to read
         raise ConfigError(f"{setting}={spec!r}: module:function expected ({type(error).__name__}: {error})") from error
+
+
+def file_digest(spec: str) -> str:
+    """Changes with the file that `spec` names; "" for a module without one."""
+    place = spec.rpartition(":")[0]
+    if not place.endswith(".py"):
+        found = importlib.util.find_spec(place)
+        place = found.origin if found and found.origin else ""
+    path = pathlib.Path(place)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""

@@ -87,7 +87,7 @@ def known(*values: Array | None) -> tuple[Array, ...]:
 # --- differences of log-ratios ----------------------------------------------------------------------------------------
 
 
-def sigmoid_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+def sigmoid_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290): -ls(beta h); its optimum is beta h = logit p.
 
     With label_smoothing e > 0 it is conservative DPO (Mitchell's cDPO note, Eq. 3), for labels that are
@@ -125,7 +125,7 @@ def _square(x: Array) -> Array:
     return jnp.square(jnp.clip(x, -1e17, 1e17))
 
 
-def ipo_loss(x: Pairs, *, beta: float, average: bool) -> Float[Array, "B"]:
+def ipo_loss(x: Pairs, *, beta: float, average: bool = True) -> Float[Array, "B"]:
     """IPO, Eq. 17 of Azar et al. 2023 (arXiv:2310.12036): (h - 1 / (2 beta))^2.
 
     Args:
@@ -264,7 +264,7 @@ def _smoothed(z: Array, e: float) -> Array:
     return -(1 - e) * ls(z) - e * ls(-z)
 
 
-def aot_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+def aot_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """AOT, Melnyk et al. 2024 (arXiv:2406.05882): DPO between equal quantiles of the policy's and the reference's gaps.
 
     Smoothed -ls of beta (sort(pi_w - pi_l) - sort(ref_w - ref_l)), sorted over the pairs of the whole step; a pair's loss
@@ -277,7 +277,7 @@ def aot_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "
     return _smoothed(beta * (gap - ref_sorted[rank]), label_smoothing)
 
 
-def aot_unpaired_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
+def aot_unpaired_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """Unpaired AOT, Melnyk et al. 2024 (arXiv:2406.05882): smoothed -ls of beta (sort(a) - sort(b)) over the whole step.
 
     The loss stands at the pair whose chosen response has the rank.
@@ -293,7 +293,7 @@ def kto_point(x: Pairs) -> Float[Array, ""]:
     return jax.lax.stop_gradient(jnp.maximum(0.0, total / jnp.maximum(jnp.sum(x.valid), 1)))
 
 
-def kto_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Float[Array, "B"]:
+def kto_loss(x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Float[Array, "B"]:
     """KTO, Eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306), on unpaired data; x.a belongs to the labelled response.
 
     lambda_D (1 - s(beta (r - z0))) on desirable responses, lambda_U (1 - s(beta (z0 - r))) on undesirable ones, r = a.
@@ -302,7 +302,9 @@ def kto_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weig
     return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
 
 
-def apo_zero_unpaired_loss(x: Pairs, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Float[Array, "B"]:
+def apo_zero_unpaired_loss(
+    x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Float[Array, "B"]:
     """APO-zero (arXiv:2408.06266, Eq. 7) on unpaired data: 1 - s(beta r) on desirable responses, s(beta r) on others."""
     z = beta * x.a
     return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
@@ -335,13 +337,13 @@ def orpo_loss(x: Pairs, *, orpo_lambda: float) -> Float[Array, "B"]:
     return sft_loss(x, sft_normalize="pair") - orpo_lambda * ls(_log_odds(x))
 
 
-def cpo_loss(x: Pairs, *, beta: float, alpha: float, sft_normalize: str) -> Float[Array, "B"]:
+def cpo_loss(x: Pairs, *, beta: float, alpha: float, sft_normalize: str = "token") -> Float[Array, "B"]:
     """CPO, Xu et al. 2024 (arXiv:2401.08417): -ls(beta (log pi_w - log pi_l)) + alpha NLL(y_w)."""
     nll = sft_loss(x, sft_normalize=sft_normalize)
     return -ls(beta * (x.policy.chosen - x.policy.rejected)) + alpha * nll
 
 
-def sft_loss(x: Pairs, *, sft_normalize: str) -> Float[Array, "B"]:
+def sft_loss(x: Pairs, *, sft_normalize: str = "token") -> Float[Array, "B"]:
     """Negative log-likelihood of the chosen response, alone or as an addition to a preference loss.
 
     "token" (Llama 3, arXiv:2407.21783): -log pi(y_w) / mean |y_w|, whose mean over the pairs is the mean over
@@ -458,6 +460,11 @@ def _simpo_margin(x: Pairs, s: Settings) -> Array:
     return x.policy.chosen / len_w - x.policy.rejected / len_l
 
 
+def _tdpo_margin(x: Pairs, s: Settings) -> Array:
+    k_w, k_l = known(x.policy.chosen_kl, x.policy.rejected_kl)
+    return x.h - s.get("alpha", 1.0) * (k_l - k_w)
+
+
 def _r_dpo_margin(x: Pairs, s: Settings) -> Array:
     return s["beta"] * x.h + s["alpha"] * (x.policy.chosen_lengths - x.policy.rejected_lengths)
 
@@ -500,7 +507,9 @@ OBJECTIVES: dict[str, Objective] = {
     "apo_zero": Objective(apo_zero_loss, lambda x, s: 1.0),
     "apo_down": Objective(apo_down_loss, lambda x, s: 1.0),
     "discopop": Objective(discopop_loss, lambda x, s: 0.5 * LOG2 + 0.5, f_divergence=True, ranges={"tau": _SHARE}),
-    "dpop": Objective(dpop_loss, lambda x, s: LOG2, f_divergence=True),
+    "dpop": Objective(
+        dpop_loss, lambda x, s: LOG2, lambda x, s: x.h - s["dpop_lambda"] * jax.nn.relu(-x.a), f_divergence=True
+    ),
     "r_dpo": Objective(
         r_dpo_loss,
         lambda x, s: _softplus(-s["alpha"] * (x.policy.chosen_lengths - x.policy.rejected_lengths)),
@@ -511,8 +520,8 @@ OBJECTIVES: dict[str, Objective] = {
         odpo_loss, lambda x, s: _softplus(s["alpha"] * np.log(x.info.margin)), needs=("scores",), f_divergence=True
     ),
     "ld_dpo": Objective(ld_dpo_loss, lambda x, s: LOG2, _ld_margin, needs=("head",), ranges={"alpha": _SHARE}),
-    "tdpo1": Objective(tdpo1_loss, lambda x, s: LOG2, reference="live", needs=("kl",)),
-    "tdpo2": Objective(tdpo2_loss, lambda x, s: LOG2, reference="live", needs=("kl",)),
+    "tdpo1": Objective(tdpo1_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
+    "tdpo2": Objective(tdpo2_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
     "simpo": Objective(
         simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), _simpo_margin, reference="none"
     ),

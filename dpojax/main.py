@@ -175,6 +175,7 @@ def main(argv: Sequence[str]) -> int:
         from dpojax.run import run
 
         same_everywhere("version of dpojax", _code_digest())
+        same_everywhere("objective of its own", config.loss.make().source)
         same_everywhere("config", hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
         try:
             run(config, folder, StopSignal(jax.process_count()))

@@ -6,17 +6,18 @@ policy (Zhou et al. 2024, arXiv:2406.11827). `mpo` and `wpo` alone are the sums 
 """
 
 import dataclasses
-import hashlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpojax.functions import load_function
+from dpojax.functions import file_digest, load_function
 from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, known, sft_loss
 
 SHORTHANDS = {
@@ -24,14 +25,6 @@ SHORTHANDS = {
     "wpo": "wpo*sigmoid",
 }
 
-# What an unset setting means. Only neutral values, and the one constant of a paper that has no reason to vary (tau).
-NEUTRAL = {
-    "label_smoothing": 0.0,
-    "average": True,
-    "desirable_weight": 1.0,
-    "undesirable_weight": 1.0,
-    "sft_normalize": "token",
-}
 RECIPES = {  # said where a setting is missing
     "alpha": "r_dpo .01 to .5, odpo 1, tdpo2 .5, ld_dpo .5, cpo 1, tr_dpo .6",
     "beta": "mostly .01 to .5",
@@ -96,6 +89,7 @@ class Loss:
     reward_scale: float  # beta
     f_divergence: str
     f_alpha: float
+    source: str  # changes with the file of a user's own function; "" where there is none
 
     def needs(self, what: str) -> bool:
         """Whether some term needs `what`: a key of `Objective.needs`, or "wpo"."""
@@ -125,12 +119,6 @@ class Loss:
     def moving(self) -> tuple[float, int] | None:
         """(alpha, tau) of a moving reference: every tau steps ref <- alpha pi + (1 - alpha) ref."""
         return next((t.moving for t in self.terms if t.moving), None)
-
-    @property
-    def source(self) -> str:
-        """Changes with the code of a user's own function."""
-        own = [t.objective.function for t in self.terms if t.name not in OBJECTIVES]
-        return hashlib.sha256("".join(map(inspect.getsource, own)).encode()).hexdigest()[:16] if own else ""
 
     def __call__(self, policy: PairLogps, ref: PairLogps | None, info: PairInfo | None = None) -> LossOutput:
         """The loss of B pairs, weighted by their weights, and what is logged of them.
@@ -163,12 +151,8 @@ class Loss:
         value = objective.function(x, **term.settings)
         # A soft label is the share of the pair that was labelled in this order. Where the step's pairs are coupled, or the
         # label means something else, there is no such share.
-        if p is not None and objective.data == "pairs" and not objective.coupled and objective.function is not sft_loss:
-            info = x.info
-            if info.margin is not None:
-                info = info._replace(margin=abs(info.margin))  # the offset is that of the pair, in both orders
-            other = Pairs(x.b, x.a, x.policy.swapped(), None if x.ref is None else x.ref.swapped(), info)
-            value = p * value + (1 - p) * objective.function(other, **term.settings)
+        if p is not None and objective.data == "pairs" and not objective.coupled:
+            value = p * value + (1 - p) * objective.function(_other_order(x, p < 1), **term.settings)
         if term.wpo:
             w_w, w_l = known(x.policy.chosen_weight, x.policy.rejected_weight)
             value = value * jax.lax.stop_gradient(w_w * w_l)
@@ -193,6 +177,17 @@ class Loss:
         return total
 
 
+def _other_order(x: Pairs, where: Array) -> Pairs:
+    """The pairs with their responses exchanged where `where` holds; elsewhere as they are, so that nothing overflows unseen."""
+    info = x.info
+    if info.margin is not None:
+        info = info._replace(margin=abs(info.margin))  # an offset is that of the pair, in both orders
+    ref = None if x.ref is None else x.ref.swapped()
+    other = Pairs(x.b, x.a, x.policy.swapped(), ref, info)
+    picked = jax.tree.map(lambda new, old: jnp.where(where, new, old), other[:4], x[:4])
+    return Pairs._make([*picked, info])
+
+
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only arguments of a loss function with their defaults."""
     parameters = inspect.signature(function).parameters.values()
@@ -202,7 +197,7 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
 def _parse(name: str) -> list[tuple[float, bool, str]]:
     """A name as summands: (weight, whether wpo, objective)."""
     found = []
-    for text in SHORTHANDS.get(name, name).split("+"):
+    for text in re.split(r"(?<![0-9]e)\+", name):  # the plus of 1e+2 is no sum's
         *factors, objective = (part.strip() for part in text.split("*"))
         weight, wpo = 1.0, False
         for factor in factors:
@@ -215,7 +210,8 @@ def _parse(name: str) -> list[tuple[float, bool, str]]:
                 raise ValueError(f"loss.name is {name!r}: {factor!r} is neither a number nor wpo") from error
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"loss.name is {name!r}: the weight of {objective} is {weight}; it must be > 0")
-        found.append((weight, wpo, objective))
+        inner = _parse(SHORTHANDS[objective]) if objective in SHORTHANDS else [(1.0, False, objective)]
+        found += [(weight * w, wpo or own, what) for w, own, what in inner]
     return found
 
 
@@ -228,7 +224,7 @@ def _find(name: str) -> Objective:
         return found if isinstance(found, Objective) else Objective(found)
     own = [*OBJECTIVES, *SHORTHANDS]
     raise ValueError(
-        f"loss.name is {name!r}; it must be one of {', '.join(own)}, a sum like 0.8*sigmoid+0.2*bco_pair, or your own module:function"
+        f"loss.name holds {name!r}, which is none of {', '.join(own)}; nor a sum like 0.8*sigmoid+0.2*bco_pair, nor your own module:function"
     )
 
 
@@ -249,9 +245,14 @@ def _check_together(name: str, terms: list[Term], f_divergence: str) -> None:
     others = [t.name for t in terms if t.objective.reference == "live"]
     if moving and others:
         raise ValueError(f"loss.name is {name!r}: {others[0]} needs a fixed reference; a tr_ objective moves it")
+    for key in ("alpha", "tau"):  # every paper means something else by these
+        takers = {t.name for t in terms if key in t.settings or (t.moving and key in _MOVING)}
+        if len(takers) > 1:
+            raise ValueError(f"loss.name is {name!r}: {' and '.join(sorted(takers))} mean different things by loss.{key}")
     if f_divergence != "reverse_kl":
         for t in terms:
-            if t.objective.function is not sft_loss and not t.objective.f_divergence:
+            beside = t.objective.function is sft_loss and len(terms) > 1  # a term beside the difference has no divergence
+            if not beside and not t.objective.f_divergence:
                 takes = ", ".join(k for k, v in OBJECTIVES.items() if v.f_divergence)
                 raise ValueError(f"loss.f_divergence is {f_divergence!r}, but {t.name} takes none; these do: {takes}")
 
@@ -266,6 +267,9 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
     Raises: ValueError for an unknown name, a setting that no term takes, one out of range, or one that is missing.
     """
     given = {k: v for k, v in settings.items() if v is not None}
+    for key in extra or {}:
+        if key in RANGES:
+            raise ValueError(f"loss.extra.{key} is a setting of loss itself: set loss.{key}")
     given |= dict(extra or {})
     summands = _parse(name)
     if given.get("sft_weight"):
@@ -285,7 +289,7 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
 
     terms = []
     for weight, wpo, own, row in rows:
-        keys = {k: NEUTRAL.get(k, default) for k, default in _keywords(row.function).items()}
+        keys = _keywords(row.function)
         if row.reference == "moving":
             keys |= dict.fromkeys(_MOVING, inspect.Parameter.empty)
         full = {k: given.get(k, default) for k, default in keys.items()}
@@ -300,4 +304,5 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
     f_divergence = given.get("f_divergence", "reverse_kl")
     _check_together(name, terms, f_divergence)
     scale = next((t.settings["beta"] for t in terms if "beta" in t.settings), given.get("orpo_lambda", 1.0))
-    return Loss(name, tuple(terms), float(scale), f_divergence, float(given.get("f_alpha", 1.0)))
+    files = [file_digest(own) for _, _, own, _ in rows if own not in OBJECTIVES]
+    return Loss(name, tuple(terms), float(scale), f_divergence, float(given.get("f_alpha", 1.0)), ",".join(files))

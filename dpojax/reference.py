@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.checkpoint import digest
-from dpojax.config import Config
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape, by_response, plan_step
 from dpojax.data.pipeline import PackGroups, eval_batches
@@ -41,16 +40,16 @@ def open_live(job: Job, policy: Policy, params: Any) -> Any:
     return make_live(params, shardings, jax.tree.leaves(abstract)[0].dtype)
 
 
-def resolved_mode(config: Config) -> str:
-    """reference.mode: live, cached or none; auto is none where the objective takes no reference."""
-    if config.reference.mode != "auto":
-        return config.reference.mode
-    return "live" if config.loss.make().uses_reference else "none"
+def same_layout(tree: Any, params: Any) -> bool:
+    """Whether both trees have the same dtypes and shardings."""
+    return all(
+        x.dtype == p.dtype and x.sharding == p.sharding for x, p in zip(*map(jax.tree.leaves, (tree, params)), strict=True)
+    )
 
 
 def like(tree: Any, params: Any) -> Any:
     """The reference `tree` in the dtype and shardings of `params`, so that one program serves both."""
-    if all(x.dtype == p.dtype and x.sharding == p.sharding for x, p in zip(*map(jax.tree.leaves, (tree, params)), strict=True)):
+    if same_layout(tree, params):
         return tree
     return make_live(tree, jax.tree.map(lambda p: p.sharding, params), jax.tree.leaves(params)[0].dtype)
 

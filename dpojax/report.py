@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # before pyplot: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dpojax.config import Config, to_dict
+from dpojax.config import Config, resolved_mode, to_dict
 from dpojax.train import PairResults
 from dpojax.winrate import wilson
 
@@ -111,7 +111,7 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
             ("SFT loss (nats per token)", [("sft_loss", "train", TRAIN)])
             if has_sft
             else ("learning rate", [("learning_rate", "train", TRAIN)]),
-            ("on-policy KL(policy || reference), nats", [("eval_kl", "held-out prompts", EVAL)]),
+            ("on-policy KL(policy || reference), nats", [("eval_on_policy_kl", "held-out prompts", EVAL)]),
             (
                 "displacement: share of chosen that fell",
                 [("displacement", "train", TRAIN), ("eval_displacement", "held out", EVAL)],
@@ -132,7 +132,10 @@ def plot_curves(rows: Sequence[dict[str, Any]]) -> Any:
         _band(
             axes.flat[6],
             rows,
-            lambda r: (r["eval_kl"] - r["eval_kl_standard_error"], r["eval_kl"] + r["eval_kl_standard_error"]),
+            lambda r: (
+                r["eval_on_policy_kl"] - r["eval_on_policy_kl_standard_error"],
+                r["eval_on_policy_kl"] + r["eval_on_policy_kl_standard_error"],
+            ),
             EVAL,
         )
         _band(axes.flat[8], rows, lambda r: (r["gradient_weight/q10"], r["gradient_weight/q90"]), TRAIN)
@@ -225,6 +228,17 @@ def _splits(results: PairResults, *, unpaired: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def _note(config: Config) -> str:
+    """What a reader may take for a fault and is none."""
+    loss = config.loss.make()
+    rewards = (
+        "Rewards are beta log pi/ref" if resolved_mode(config) != "none" else "Rewards are beta log pi: there is no reference"
+    )
+    if all(t.objective.f_divergence or t.name == "sft" for t in loss.terms):
+        return f"{rewards}. Both log-probs may fall while the margin grows: the objective trains their difference."
+    return f"{rewards}."
+
+
 def _title(name: str) -> str:
     """What a reader calls the objective."""
     return "DPO" if name == "sigmoid" else f"Preference training ({name})"
@@ -314,7 +328,7 @@ def render_report(
         subtitle=" · ".join([*settings, f"{summary['num_steps']} steps", f"seed {config.seed}"]),
         cards=_cards(summary, splits, unit),
         curves=_png(plot_curves(rows)),
-        curves_note="Rewards are beta log pi/ref. Both log-probs may fall while the margin grows: DPO trains the difference.",
+        curves_note=_note(config),
         heldout=_png(plot_heldout(results, unpaired=unpaired)),
         unit=unit,
         splits=splits,

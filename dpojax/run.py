@@ -11,7 +11,7 @@ import jax
 
 from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding, winrate
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, to_dict
+from dpojax.config import Config, resolved_mode, to_dict
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
 from dpojax.datasets import Data, open_data
@@ -56,7 +56,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
 
     params = params_before_dpo(job, data, policy)
     weights = checkpoint.checksums(params)
-    mode, moving = reference.resolved_mode(config), config.loss.make().moving
+    mode, moving = resolved_mode(config), config.loss.make().moving
     ref = None if mode == "none" else reference.open_live(job, policy, params)
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, [data.train_index, data.eval_index], groups)
@@ -132,7 +132,7 @@ class _Evaluation:
         kl = ""
         if self.sampler is not None and ref is not None:
             value, error = self.sampler.kl(state.params, ref)
-            self.scalars |= {"eval_kl": value, "eval_kl_standard_error": error}
+            self.scalars |= {"eval_on_policy_kl": value, "eval_on_policy_kl_standard_error": error}
             kl = f"  KL {value:.2f} ± {error:.2f}"
         if log:
             self.job.log.write(step, self.scalars)

@@ -298,6 +298,7 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
             "max_prompt_tokens": c.data.max_prompt_tokens,
             "max_response_tokens": c.data.max_response_tokens,
             "prompt_template": c.data.prompt_template,
+            "mask_ids": sorted(data.mask_ids),
         },
         "seed": {"seed": c.seed, "shuffle": c.data.shuffle},
         **more,

@@ -211,11 +211,12 @@ def pair_results(loss: Loss, policy: PairLogps, ref: PairLogps | None, info: Pai
     """What is logged of B pairs, without the token details."""
     policy = jax.lax.stop_gradient(policy)
 
-    def total(chosen):
-        out = loss(policy._replace(chosen=chosen), ref, info)
+    def total(shift):
+        head = None if policy.chosen_head is None else policy.chosen_head + shift
+        out = loss(policy._replace(chosen=policy.chosen + shift, chosen_head=head), ref, info)
         return jnp.sum(jnp.where(info.valid, out.loss, 0.0)), out
 
-    (_, out), gradient = jax.value_and_grad(total, has_aux=True)(policy.chosen)
+    (_, out), gradient = jax.value_and_grad(total, has_aux=True)(jnp.zeros_like(policy.chosen))
     zero = jnp.zeros_like(out.loss)
     return PairResults(
         row_id=row_id,

@@ -58,6 +58,12 @@ def _per_token(s, r):
     return s["beta"] * (r[0] / LENGTHS[0] - r[1] / LENGTHS[1])
 
 
+def _ld(s, r):
+    """Log-probs lie evenly on the tokens: the tail of the longer response counts alpha times."""
+    head = min(LENGTHS) / LENGTHS[0]
+    return s["beta"] * (r[0] * (head + s["alpha"] * (1 - head)) - r[1])
+
+
 def _f_prime(settings: dict, r: np.ndarray) -> np.ndarray:
     c = settings.get("f_alpha", 0.5)
     return {
@@ -118,7 +124,7 @@ CASES: dict[str, Case] = {
         "r_dpo", {"beta": 0.1, "alpha": 0.1}, _difference(lambda s: logit(P) - s["alpha"] * (LENGTHS[0] - LENGTHS[1]))
     ),
     "odpo": Case("odpo", {"beta": 0.1, "alpha": 1.0}, _difference(_odpo_gap)),
-    "ld_dpo": Case("ld_dpo", {"beta": 0.1, "alpha": 0.5}, SIGMOID, lengths=(1, 1)),
+    "ld_dpo": Case("ld_dpo", {"beta": 0.1, "alpha": 0.5}, _difference(logit(P), scaled=_ld)),
     "tdpo1": Case("tdpo1", {"beta": 0.5}, SIGMOID, "simplex"),
     "tdpo2": Case("tdpo2", {"beta": 0.5, "alpha": 0.5}, "no closed form"),
     "wpo": Case("wpo", {"beta": 0.5}, SIGMOID, "stationary"),
@@ -126,9 +132,10 @@ CASES: dict[str, Case] = {
     "soft labels": Case("sigmoid", {"beta": 0.1}, SIGMOID, soft=True),
     "simpo": Case("simpo", {"beta": 2.5, "gamma": 1.25}, _difference(_simpo_gap, scaled=lambda s, r: _per_token(s, r + HALF))),
     "orpo": Case("orpo", {"orpo_lambda": 0.1}, _orpo, "simplex", lengths=(1, 1)),
-    "cpo": Case("cpo", {"beta": 1.0, "alpha": 1.0, "sft_normalize": "pair"}, SIGMOID, "simplex", lengths=(1, 1)),
-    "sft": Case("sft", {"sft_normalize": "pair"}, lambda s, r: r[0] - r[1] - logit(P), "simplex", lengths=(1, 1)),
-    "sigmoid + .2 sft": Case(
+    "cpo": Case("cpo", {"beta": 1.0, "alpha": 1.0}, SIGMOID, "simplex", lengths=(1, 1)),
+    "sft": Case("sft", {}, lambda s, r: r[0] - r[1] - logit(P), "simplex", lengths=(1, 1)),
+    "sigmoid + .2 sft": Case("sigmoid", {"beta": 1.0, "sft_weight": 0.2}, SIGMOID, "simplex", lengths=(1, 1)),
+    "sigmoid + .2 sft (RPO)": Case(
         "sigmoid", {"beta": 1.0, "sft_weight": 0.2, "sft_normalize": "pair"}, SIGMOID, "simplex", lengths=(1, 1)
     ),
     "mpo": Case("mpo", {"beta": 0.1}, "no closed form"),
@@ -147,6 +154,8 @@ for _f, _more in {"forward_kl": {}, "js": {}, "alpha": {"f_alpha": 0.5}}.items()
             optimum=_under_f(_case.optimum) if callable(_case.optimum) else _case.optimum,
         )
 
+for _label, _frozen in FROZEN["losses"].items():
+    assert (CASES[_label].name, CASES[_label].settings) == (_frozen["name"], _frozen["settings"]), _label
 assert {c.name for c in CASES.values()} >= set(OBJECTIVES), "an objective has no case"
 
 
@@ -229,7 +238,7 @@ def optimum_distance(case: Case) -> float | None:
     loss = make_loss(case.name, **case.settings)
     ref = np.array([HALF, HALF])
     preferences = np.array([[0.5, case.p], [1 - case.p, 0.5]])
-    margins = np.array([[0.0, MARGIN], [MARGIN, 0.0]])  # the offset is held equal in both orders
+    margins = np.array([[0.0, MARGIN], [-MARGIN, 0.0]])
     more = dict(lengths=np.array(case.lengths), soft=case.soft, shift=0.3)
     if loss.needs("scores"):
         more["margins"] = margins

@@ -34,7 +34,7 @@ def test_planted_faults_are_counted_and_located(files, capsys):
     expected = [
         "7 rows, 4 usable pairs",
         "1 rows cannot be read: x.jsonl:6",
-        "1 dropped, a response is empty or only white space: x.jsonl:5",
+        "1 dropped, a response is empty, or only white space or formatting tokens: x.jsonl:5",
         "1 dropped, chosen and rejected are the same: x.jsonl:4",
         "1 pairs occur again: x.jsonl:2 repeats x.jsonl:1",
         "1 pairs contradict another (labels reversed): x.jsonl:3 reverses x.jsonl:1",

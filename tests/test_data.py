@@ -74,7 +74,13 @@ def test_labelled_responses_are_read_as_unpaired_examples():
     assert [(p.chosen, p.rejected, p.soft_label) for p in both.pairs] == [(0, 0, 1), (1, 1, 0)]
     with pytest.raises(Dropped, match="identical"):
         unpaired.read({"prompt": "x", "chosen": "a", "rejected": "a"}, "file:1")
-    for bad in ({"completion": "a"}, {"completion": "a", "label": "yes"}, {"completions": ["a", "b"], "labels": [1]}):
+    for bad in (
+        {"completion": "a"},
+        {"completion": "a", "completions": None},
+        {"chosen": "a", "rejected": "b", "soft_label": 0.2},
+        {"completion": "a", "label": "yes"},
+        {"completions": ["a", "b"], "labels": [1]},
+    ):
         with pytest.raises(DataError, match="label"):
             unpaired.read({"prompt": "x", **bad}, "file:1")
     with pytest.raises(DataError, match="ranked"):
@@ -82,6 +88,10 @@ def test_labelled_responses_are_read_as_unpaired_examples():
     # SFT learns the good ones
     sft = RowReader("", "sft")
     assert sft.read({"prompt": "x", "completions": ["a", "b"], "labels": [0, 1]}, "file:1").responses == ("b",)
+    with pytest.raises(DataError, match="weight"):
+        unpaired.read({"prompt": "x", "completion": "a", "label": True, "weight": -1}, "file:1")
+    with pytest.raises(Dropped, match="undesirable"):
+        sft.read({"prompt": "x", "completion": "a", "completions": None, "label": False}, "file:1")
     with pytest.raises(Dropped, match="undesirable"):
         sft.read({"prompt": "x", "completion": "a", "label": False}, "file:1")
 
@@ -92,8 +102,8 @@ def test_mismatched_responses_answer_other_prompts_and_are_the_same_in_every_pro
     found = index.with_mismatched(3)
     assert [found.responses(i)[:2] for i in range(12)] == [index.responses(i) for i in range(12)]
     prompts = [tuple(made[row]["prompt_ids"]) for row in found.rows]
-    others = [tuple(made[row]["prompt_ids"]) for row in found.mismatched]
-    assert all(a != b for a, b in zip(prompts, others, strict=True)) and len(set(found.mismatched.tolist())) > 6
+    others = [tuple(made[row]["prompt_ids"]) for row, _ in found.mismatched]
+    assert all(a != b for a, b in zip(prompts, others, strict=True)) and len({row for row, _ in found.mismatched}) == 12
     assert (found.rejected == 2).all() and (found.first(4).rejected == 2).all()
     again = index.with_mismatched(3)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True) if isinstance(a, np.ndarray))
@@ -101,7 +111,9 @@ def test_mismatched_responses_answer_other_prompts_and_are_the_same_in_every_pro
     shape = make_shape([found], layout="shared", num_groups=4, num_shards=1, micro_batch_tokens=64, row_tokens=0)
     pack = PackGroups(data, found, shape, (0,), 0)
     group = pack.token_group(5)
-    assert group.responses[2].tolist() == made[int(found.mismatched[5])]["chosen_ids"]
+    row, answer = found.mismatched[5]
+    assert group.responses[2].tolist() == made[row][("chosen_ids", "rejected_ids")[answer]]
+    assert set(found.mismatched[:, 1]) == {0, 1}  # good ones and bad ones
     assert [(p.chosen, p.rejected, p.soft_label) for p in group.pairs] == [(0, 2, 1), (1, 2, 0)]
     batch, _ = pack(range(4))
     assert int(batch.num_pairs) == 8 and int(batch.valid.sum()) == 8
@@ -116,14 +128,31 @@ def unpaired_index(made):
     return build_index(data, on_bad_line="error", max_bad_share=0, progress=lambda n: None), data
 
 
+def test_masks_of_some_rows_stay_beside_mismatched_responses_of_others():
+    made = [{"prompt_ids": [1 + i], "chosen_ids": [10 + i, 3, 4], "rejected_ids": [40 + i]} for i in range(6)]
+    made[0] |= {"chosen_mask": [0, 0, 1], "rejected_mask": [1]}
+    index, data = unpaired_index(made)
+    found = index.with_mismatched(0)
+    shape = make_shape([found], layout="shared", num_groups=6, num_shards=1, micro_batch_tokens=64, row_tokens=0)
+    batch, _ = PackGroups(data, found, shape, (0,), 0)(range(6))
+    lengths = np.take_along_axis(batch.lengths, batch.chosen, axis=2)[batch.valid]
+    assert int(batch.num_chosen_tokens) == lengths.sum() == 2 + 5 * 4
+
+
 def test_formatting_tokens_are_masked_by_column_and_by_name():
     row = {"prompt_ids": [1], "chosen_ids": [5, 9, 6], "rejected_ids": [7, 9], "chosen_mask": [0, 1, 1]}
     group, _ = tokenize(read(row), None, Limits(8, 8), 0, frozenset([9]))
     assert [c.tolist() for c in group.counted] == [[False, False, True], [True, False]]
-    with pytest.raises(Dropped, match="all_masked"):
+    with pytest.raises(Dropped, match="empty_response"):
         tokenize(read({**row, "chosen_mask": [0, 1, 0]}), None, Limits(8, 8), 0, frozenset([9]))
     with pytest.raises(DataError, match="chosen_mask"):
         read({**row, "chosen_mask": [0, 1]})
+    with pytest.raises(DataError, match="chosen_mask"):
+        read({"prompt": "x", "chosen": "a", "rejected": "b", "chosen_mask": [1]})
+    # one masked response of K takes only its own pairs
+    ranked = Group((1,), ((5,), (9,), (6,)), tuple(TokenPair(i, j, 1.0, 1.0, 0.0) for i, j in ((0, 1), (0, 2), (1, 2))))
+    kept, cut = tokenize(ranked, None, Limits(8, 8), 0, frozenset([9]))
+    assert len(kept.responses) == 2 and len(kept.pairs) == 1 and cut.dropped == ("empty_response",) * 2
     tokenizer = world.make_world(7, num_posts=2000, num_pairs=4, num_eval=4).tokenizer
     assert mask_ids("</s>", tokenizer) == {tokenizer.eos_id}
     with pytest.raises(ConfigError, match="nothing"):

@@ -263,10 +263,12 @@ def test_optima_hold_for_other_preferences(label, p, monkeypatch):
     assert cases.optimum_distance(case._replace(p=p)) < 2e-3
 
 
-@pytest.mark.parametrize("label", ["apo_zero", "apo_down", "kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("label", ["apo_zero", "apo_down", "aot", "kto", "apo_zero_unpaired"])
 def test_objectives_without_a_finite_optimum_fall_all_the_way(label):
     loss, ref = loss_of(label), np.log([0.5, 0.5])
     preferences = np.array([0.75, 0.25]) if loss.unpaired else np.array([[0.5, 0.75], [0.25, 0.5]])
+    if loss.coupled and not loss.unpaired:
+        preferences = np.array([[0.5, 1.0], [0.0, 0.5]])
     value = cases.exact.make_population_loss(loss, ref, preferences)
     # apo_down pushes the winning side down too, only less
     way = np.array([-1.0, -3.0]) if label == "apo_down" else np.array([1.0, -1.0])
@@ -282,6 +284,26 @@ def test_discopop_has_a_local_minimum_of_the_wrong_sign():
     inside = value[1:-1]
     minima = z[1:-1][(inside < value[:-2]) & (inside < value[2:])]
     assert any(abs(m + 0.119) < 2e-3 for m in minima)
+
+
+def test_soft_labels_and_both_orders_are_one_population():
+    ref, preferences = np.log([0.2, 0.3, 0.5]), exact_preferences()
+    margins = np.array([[0.0, 2.0, -1.0], [-2.0, 0.0, 0.5], [1.0, -0.5, 0.0]])
+    policy = np.log([0.3, 0.3, 0.4])
+    for label in ("sigmoid", "odpo", "ipo", "nca_pair", "cpo", "orpo", "sft", "r_dpo"):
+        loss = loss_of(label)
+        soft, both = (
+            cases.exact.population_loss(loss, policy, ref, preferences, margins=margins, lengths=np.array([3, 5, 4]), soft=s)
+            for s in (True, False)
+        )
+        if label not in ("cpo", "sft"):  # whose token normalisation asks for the mean length of what was labelled as chosen
+            np.testing.assert_allclose(soft, both, rtol=1e-12, err_msg=label)
+    with pytest.raises(ValueError, match="whole batches"):
+        cases.exact.population_loss(loss_of("aot"), policy, ref, preferences)
+
+
+def exact_preferences():
+    return cases.exact.bradley_terry(np.array([0.3, -0.5, 1.0]))
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
@@ -348,8 +370,7 @@ def test_swapping_the_responses_swaps_the_soft_label(a, b, p, label):
     ).loss
     info = PairInfo(soft_label=jnp.asarray([1 - p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
     other = loss(policy.swapped(), zero.swapped(), info).loss
-    if not cases.CASES[label].settings.get("sft_weight"):  # an SFT term learns the chosen side, whatever the label
-        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=60)
@@ -432,31 +453,37 @@ def test_rewards_and_margins_carry_no_gradient_and_margins_are_the_objectives_ow
 @pytest.mark.parametrize(
     ("kwargs", "names"),
     [
-        (dict(name="sigmoid", beta=-1.0), "loss.beta"),
-        (dict(name="sigmoid", beta=math.nan), "loss.beta"),
-        (dict(name="sigmoid"), "loss.beta"),
-        (dict(name="sigmoid", beta=0.1, label_smoothing=0.5), "loss.label_smoothing"),
-        (dict(name="hinge", beta=0.1, label_smoothing=0.1), "loss.label_smoothing"),
-        (dict(name="dpo", beta=0.1), "loss.name"),
-        (dict(name="ipo", beta=0.1, average="yes"), "loss.average"),
-        (dict(name="exo_pair", beta=0.1), "loss.label_smoothing"),
-        (dict(name="simpo", beta=2.0), "loss.gamma"),
-        (dict(name="orpo", beta=0.1, orpo_lambda=0.1), "loss.beta"),
-        (dict(name="discopop", beta=0.05, tau=2.0), "loss.tau"),
-        (dict(name="tr_dpo", beta=0.1, alpha=0.6, tau=1.5), "loss.tau"),
-        (dict(name="tr_dpo", beta=0.1, alpha=1.5, tau=2.0), "loss.alpha"),
-        (dict(name="nca_pair", beta=0.1, f_divergence="js"), "loss.f_divergence"),
-        (dict(name="sigmoid", beta=0.1, f_divergence="js", f_alpha=0.5), "loss.f_alpha"),
-        (dict(name="sigmoid", beta=0.1, f_divergence="alpha"), "loss.f_alpha"),
-        (dict(name="sigmoid", beta=0.1, f_divergence="kl"), "loss.f_divergence"),
-        (dict(name="sigmoid", beta=0.1, sft_normalize="pair"), "loss.sft_normalize"),
-        (dict(name="kto", beta=0.1, sft_weight=0.1), "loss.name"),
-        (dict(name="0.5*sigmoid+0.5*kto", beta=0.1), "loss.name"),
-        (dict(name="-1*sigmoid", beta=0.1), "loss.name"),
-        (dict(name="half*sigmoid", beta=0.1), "loss.name"),
-        (dict(name="tr_dpo+tdpo1", beta=0.1, alpha=0.6, tau=2.0), "loss.name"),
-        (dict(name="sigmoid", beta=0.1, extra={"kappa": 1.0}), "loss.kappa"),
-        (dict(name="nowhere.py:loss", beta=0.1), "loss.name"),
+        (dict(name="sigmoid", beta=-1.0), "loss.beta is -1.0"),
+        (dict(name="sigmoid", beta=math.nan), "loss.beta is nan"),
+        (dict(name="sigmoid"), "loss.beta is not set"),
+        (dict(name="sigmoid", beta=0.1, label_smoothing=0.5), "loss.label_smoothing is 0.5"),
+        (dict(name="hinge", beta=0.1, label_smoothing=0.1), "hinge takes only"),
+        (dict(name="dpo", beta=0.1), "loss.name holds 'dpo'"),
+        (dict(name="ipo", beta=0.1, average="yes"), "loss.average is 'yes'"),
+        (dict(name="exo_pair", beta=0.1), "loss.label_smoothing is not set.*1e-3"),
+        (dict(name="robust", beta=0.1), "loss.label_smoothing is not set"),
+        (dict(name="simpo", beta=2.0), "loss.gamma is not set"),
+        (dict(name="orpo", beta=0.1, orpo_lambda=0.1), "loss.beta is 0.1, but orpo"),
+        (dict(name="discopop", beta=0.05), "loss.tau is not set.*.05"),
+        (dict(name="discopop", beta=0.05, tau=2.0), "loss.tau is 2.0"),
+        (dict(name="tr_dpo", beta=0.1, alpha=0.6, tau=1.5), "loss.tau is 1.5"),
+        (dict(name="tr_dpo", beta=0.1, alpha=1.5, tau=2.0), "loss.alpha is 1.5"),
+        (dict(name="nca_pair", beta=0.1, f_divergence="js"), "loss.f_divergence is 'js', but nca_pair"),
+        (dict(name="sft", f_divergence="js"), "loss.f_divergence is 'js', but sft"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="js", f_alpha=0.5), "loss.f_alpha is 0.5"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="alpha"), "loss.f_alpha is not set"),
+        (dict(name="sigmoid", beta=0.1, f_divergence="kl"), "loss.f_divergence is 'kl'"),
+        (dict(name="sigmoid", beta=0.1, sft_normalize="pair"), "loss.sft_normalize is 'pair'"),
+        (dict(name="kto", beta=0.1, sft_weight=0.1), "unpaired objectives stand alone"),
+        (dict(name="0.5*sigmoid+0.5*kto", beta=0.1), "unpaired objectives stand alone"),
+        (dict(name="-1*sigmoid", beta=0.1), "must be > 0"),
+        (dict(name="half*sigmoid", beta=0.1), "neither a number nor wpo"),
+        (dict(name="tr_dpo+tdpo1", beta=0.1, alpha=0.6, tau=2.0), "needs a fixed reference"),
+        (dict(name="cpo+r_dpo", beta=0.1, alpha=0.6), "different things by loss.alpha"),
+        (dict(name="tr_dpo+r_dpo", beta=0.1, alpha=0.6, tau=2.0), "different things by loss.alpha"),
+        (dict(name="sigmoid", beta=0.1, extra={"kappa": 1.0}), "loss.kappa is 1.0"),
+        (dict(name="sigmoid", beta=0.1, extra={"beta": 1.0}), "loss.extra.beta"),
+        (dict(name="nowhere.py:loss", beta=0.1), "loss.name='nowhere.py:loss'"),
     ],
 )
 def test_bad_settings_fail_when_the_loss_is_made_and_name_the_field(kwargs, names):
@@ -482,11 +509,32 @@ def test_a_users_own_function_brings_its_settings_and_a_row_what_it_needs(tmp_pa
     assert make_loss(f"{tmp_path}/mine.py:row", beta=0.1).coupled
     with pytest.raises(ValueError, match="kappa"):
         make_loss(f"{tmp_path}/mine.py:mine", beta=0.1)
-    for name in OBJECTIVES:
-        assert (
-            make_loss(
-                cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].name,
-                **cases.CASES[next(k for k, c in cases.CASES.items() if c.name == name)].settings,
-            ).source
-            == ""
-        )
+    # its own defaults count, and another file is another loss
+    (tmp_path / "mine.py").write_text("def mine(x, *, beta, label_smoothing=0.25, average=False):\n    return beta * x.a\n")
+    again = make_loss(f"{tmp_path}/mine.py:mine", beta=0.1)
+    assert again.terms[0].settings == {"beta": 0.1, "label_smoothing": 0.25, "average": False}
+    assert again.source != own.source and make_loss("sigmoid", beta=0.1).source == ""
+    assert set(OBJECTIVES) <= {c.name for c in cases.CASES.values()}
+
+
+def test_a_pair_without_soft_label_is_never_seen_the_other_way_round(tmp_path):
+    (tmp_path / "steep.py").write_text("import jax.numpy as jnp\ndef steep(x, *, beta):\n    return jnp.exp(-beta * x.h)\n")
+    loss, zero = make_loss(f"{tmp_path}/steep.py:steep", beta=0.1), pair(0.0, 0.0)
+    info = PairInfo(soft_label=jnp.ones(1))
+    value, slope = jax.value_and_grad(lambda a: loss(pair(a, 0.0), zero, info).loss.sum())(jnp.float32(1000.0))
+    assert value == 0 and slope == 0  # exp(+100) of the other order is no float32
+
+
+def test_shorthands_stand_in_sums_and_exponents_are_no_sums():
+    policy, ref = random_pairs(7)
+    value = lambda name, **s: make_loss(name, **s)(policy, ref).loss
+    np.testing.assert_allclose(
+        value("0.5*mpo+1e+1*ipo", beta=0.1), 0.5 * value("mpo", beta=0.1) + 10 * value("ipo", beta=0.1), rtol=1e-5
+    )
+
+
+def test_a_soft_label_weighs_the_sft_term_too():
+    policy, ref = random_pairs(7)
+    info = PairInfo(soft_label=jnp.full(16, 0.8), mean_chosen_length=jnp.asarray(9.0))
+    found = make_loss("sft")(policy, ref, info).loss
+    np.testing.assert_allclose(found, -(0.8 * policy.chosen + 0.2 * policy.rejected) / 9, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Objectives through the command line: unpaired data, moving and absent references, functions of one's own, resuming."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -174,6 +175,7 @@ def test_the_self_check_finds_a_hidden_coupling(files, tmp_path):
         ({"loss.name": "sigmoid+kto"}, 2, "loss.name"),
         ({"data.mask_tokens": "<nothing>"}, 2, "data.mask_tokens"),
         ({"loss.name": "odpo", "loss.alpha": 1.0}, 3, "train.jsonl:1"),
+        ({"loss.name": "odpo", "loss.alpha": 1.0, "data.flip_labels": 0.1}, 2, "data.flip_labels"),
     ],
 )
 def test_what_an_objective_cannot_do_is_said_before_training(files, tmp_path, changes, code, names, capsys):
@@ -211,20 +213,53 @@ def test_labels_are_needed_and_read_strictly(files, tmp_path, capsys):
         assert names in capsys.readouterr().err
 
 
-def test_recipes_are_valid_configs():
+RECIPES = {  # objectives.md's table of published settings
+    "zephyr": ("sigmoid", {"beta": 0.1}, 5e-7, 32, "linear"),
+    "llama3": ("sigmoid", {"beta": 0.1, "sft_weight": 0.2}, 1e-5, 128, "linear"),
+    "tulu3": ("sigmoid_norm", {"beta": 5.0}, 5e-7, 128, "linear"),
+    "simpo": ("simpo", {"beta": 2.5, "gamma": 1.375}, 1e-6, 128, "cosine"),
+    "orpo": ("orpo", {"orpo_lambda": 0.1}, 5e-6, 128, "linear"),
+}
+
+
+def test_recipes_are_the_published_settings():
     from dpojax.config import from_config_dict, load_config_file
 
-    for name in ("zephyr", "llama3", "tulu3", "simpo", "orpo"):
+    for name, (objective, settings, rate, batch, schedule) in RECIPES.items():
         values = load_config_file(str(ROOT / f"configs/recipes.py:{name}"))
         values.data.train = values.data.eval = "pairs.jsonl"
         values.model.init = "model"
         config = from_config_dict(values)
-        assert config.loss.make().name and config.optim.learning_rate <= 1e-5
-    done = subprocess.run(
-        [sys.executable, "-m", "dpojax.main", "--config=configs/recipes.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+        given = {k: v for k, v in dataclasses.asdict(config.loss).items() if v not in (None, {}) and k != "name"}
+        assert (config.loss.name, given) == (objective, pytest.approx(settings))
+        assert (config.optim.learning_rate, config.batch_size, config.optim.schedule) == (rate, batch, schedule)
+        assert config.optim.warmup_steps == config.num_steps / 10
+    argv = [sys.executable, "-m", "dpojax.main", "--config=configs/recipes.py"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.returncode == 2 and "zephyr" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_on_policy_kl_is_logged_beside_ktos_point_and_a_reference_may_lie_elsewhere(files, unpaired, tmp_path):
+    changes = {"sample.num_prompts": 8, "sample.max_new_tokens": 4, "num_steps": 3, "mesh.data": 1, "mesh.fsdp": 2}
+    changes |= {"reference.dtype": "bfloat16", "model.dtype": "bfloat16"}
+    output = run(files, tmp_path, devices=2, **KTO, **unpaired, **changes)
+    last = [r for r in rows(tmp_path) if "eval_loss" in r][-1]
+    assert {"eval_kl", "eval_on_policy_kl", "eval_on_policy_kl_standard_error"} <= set(last)
+    assert "compiled reference_scorer" in output and np.isfinite(last["eval_on_policy_kl"])
+
+
+@pytest.mark.parametrize("names", ["</s>", "</s>,<unk>"])
+def test_formatting_tokens_are_masked_or_refused_where_no_response_holds_them(files, tmp_path, names, capsys):
+    from dpojax.main import main
+
+    changes = {"data.mask_tokens": names, "num_steps": 1, "self_check": "off"}
+    code = main(command(files, tmp_path, **changes)[3:])
+    if names == "</s>":  # every response ends in it
+        assert code == 0
+        one = next(r for r in rows(tmp_path) if "loss" in r)
+        run(files, tmp_path / "all", **{**changes, "data.mask_tokens": ""})
+        whole = next(r for r in rows(tmp_path / "all") if "loss" in r)
+        assert one["lengths/chosen"] == whole["lengths/chosen"] - 1
+    else:
+        assert code == 2 and "<unk>" in capsys.readouterr().err

@@ -270,9 +270,12 @@ def test_unpaired_metrics_go_by_the_label():
     np.testing.assert_allclose(found["kl"], max(0.0, (r.policy_rejected - r.ref_rejected).mean()), rtol=1e-5, atol=1e-7)
 
 
-def test_the_gradient_weight_of_dpo_is_half_at_the_reference():
+@pytest.mark.parametrize("label", ["sigmoid", "ld_dpo"])
+def test_the_gradient_weight_of_dpo_is_half_at_the_reference(label):
     batch, _ = tiny.pack(groups(), row_tokens=64, shard_rows=4)
-    run = preference_gradients(MODEL, make_loss("sigmoid", beta=0.1), chunk=32)
+    run = preference_gradients(
+        MODEL, make_loss("sigmoid" if label == "sigmoid" else "ld_dpo", **cases.CASES[label].settings), chunk=32
+    )
     found = jax.jit(lambda s: run(s, PARAMS, batch, jnp.asarray(True), none))(new_state(optax.identity(), PARAMS))
     for q in (10, 50, 90):
         np.testing.assert_allclose(found.scalars[f"gradient_weight/q{q}"], 0.5, rtol=1e-5)

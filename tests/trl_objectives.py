@@ -39,13 +39,13 @@ DPO = {
     "sft": ("sft", {}, {}),
     "sigmoid_norm": ("sigmoid_norm", {"beta": 5.0}, {"beta": 5.0}),
     "ld_dpo": ("ld_dpo", {"beta": 0.1, "alpha": 0.5}, {"loss_types": ["sigmoid"], "ld_alpha": 0.5}),
-    "wpo": ("wpo", {"beta": 0.01}, {"loss_types": ["sigmoid"], "beta": 0.01, "use_weighting": True}),
-    "wpo*ipo": ("wpo*ipo", {"beta": 0.1}, {"loss_types": ["ipo"], "use_weighting": True}),
+    "wpo": ("wpo", {"beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5, "use_weighting": True}),
+    "wpo*ipo": ("wpo*ipo", {"beta": 0.5}, {"loss_types": ["ipo"], "beta": 0.5, "use_weighting": True}),
     "mpo": ("mpo", {"beta": 0.1}, {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     "sigmoid + .2 sft": (
         "sigmoid",
-        {"beta": 0.1, "sft_weight": 0.2},
-        {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        {"beta": 1.0, "sft_weight": 0.2},
+        {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "beta": 1.0},
     ),
 }
 DIFFERENCES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
@@ -205,8 +205,8 @@ def main(out: str) -> None:
         found["apo_zero_unpaired"] = {"name": "apo_zero_unpaired", "settings": {"beta": 0.1}, **unpaired}
         simpo = run_cpo(inputs, "simpo", {"beta": 2.5, "simpo_gamma": 0.5 * 2.5})
         found["simpo"] = {"name": "simpo", "settings": {"beta": 2.5, "gamma": 0.5 * 2.5}, **simpo}
-        cpo = run_cpo(inputs, "sigmoid", {"cpo_alpha": 1.0})
-        found["cpo"] = {"name": "cpo", "settings": {"beta": 0.1, "alpha": 1.0}, **cpo}
+        cpo = run_cpo(inputs, "sigmoid", {"beta": 1.0, "cpo_alpha": 1.0})
+        found["cpo"] = {"name": "cpo", "settings": {"beta": 1.0, "alpha": 1.0}, **cpo}
         found["orpo"] = {"name": "orpo", "settings": {"orpo_lambda": 0.1}, **run_orpo(inputs)}
     made = "TRL 1.16.0, torch 2.13.0 (CPU): python tests/trl_objectives.py OUT.json"
     pathlib.Path(out).write_text(json.dumps({"made_with": made, "inputs": inputs, "losses": found}) + "\n")

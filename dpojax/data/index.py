@@ -45,7 +45,7 @@ class Index(NamedTuple):
     counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/response, bad_line
     bad: tuple[str, ...]  # the message of each line that could not be read
     dropped: tuple[str, ...]  # "file:line: reason" of each row that holds no usable pair
-    # [n] the source row whose first response stands as the last response of the group: an answer to another prompt
+    # [n, 2] source row and response number of what stands as the last response of the group: an answer to another prompt
     mismatched: np.ndarray | None = None
 
     def responses(self, i: int) -> list[int]:
@@ -92,28 +92,32 @@ class Index(NamedTuple):
     def with_mismatched(self, seed: int) -> "Index":
         """Every group gets one more response, an answer to another prompt, and its pairs point to it as `rejected`.
 
-        The answers are dealt out by a shuffle of the groups that depends on `seed` alone, so that they are fixed
-        before training: each group's is the first response of the next group in it that has another prompt.
+        The answers are dealt out by a shuffle of the groups that depends on `seed` alone, so that they are fixed before
+        training; of a group with several responses any may be the one, good or bad.
         Raises: ConfigError if all prompts are the same.
         """
         count = len(self.rows)
-        order = np.random.Generator(np.random.Philox(key=[seed, count])).permutation(count)
-        hashes = self.prompt_hashes[order]
-        if (hashes == hashes[0]).all():
+        rng = np.random.Generator(np.random.Philox(key=[seed, count]))
+        # Groups of one prompt lie together, in random order; those of a prompt take from what follows them.
+        kinds, inverse = np.unique(self.prompt_hashes, return_inverse=True)
+        if len(kinds) == 1:
             raise ConfigError("the objective compares with answers to other prompts, and all prompts of the data are the same")
-        step = np.ones(count, np.int64)
-        place = np.arange(count)
-        while (same := hashes[(place + step) % count] == hashes).any():
-            step[same] += 1
+        order = np.lexsort((rng.permutation(count), rng.permutation(len(kinds))[inverse]))
+        sizes = np.bincount(inverse)[inverse[order]]
+        starts = np.r_[True, np.diff(inverse[order]) != 0]
+        first = np.flatnonzero(starts)[np.cumsum(starts) - 1]
+        place = np.arange(count) - first
         other = np.empty(count, np.int64)
-        other[order] = order[(place + step) % count]
-        own, first, ends = np.diff(self.response_offsets), self.response_offsets[other], self.response_offsets[1:]
+        other[order] = order[(first + sizes + place % (count - sizes)) % count]
+        own = np.diff(self.response_offsets)
+        answer = (rng.random(count) * own[other]).astype(np.int64)
+        first, ends = self.response_offsets[other] + answer, self.response_offsets[1:]
         return self._replace(
             response_offsets=self.response_offsets + np.arange(count + 1),
             response_lengths=np.insert(self.response_lengths, ends, self.response_lengths[first]),
             counted_lengths=np.insert(self.counted_lengths, ends, self.counted_lengths[first]),
             rejected=np.repeat(own, np.diff(self.pair_offsets)),
-            mismatched=self.rows[other],
+            mismatched=np.stack([self.rows[other], answer], axis=1),
         )
 
 
@@ -200,6 +204,8 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         rows.append(row)
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))
+        for response in group.responses:
+            counts.update(f"masked/{i}" for i in response.tolist() if i in data.mask_ids)
         counted.extend(map(len, group.responses) if group.counted is None else (int(c.sum()) for c in group.counted))
         hashes.append(zlib.crc32(group.prompt.tobytes()))
         response_offsets.append(len(responses))

@@ -70,15 +70,21 @@ class PackGroups:
         index, row = self.index, int(self.index.rows[i])
         group, _ = self.data.token_group(row)
         if index.mismatched is not None:
-            other, _ = self.data.token_group(int(index.mismatched[i]))
+            other, _ = self.data.token_group(int(index.mismatched[i, 0]))
             pairs = tuple(p._replace(rejected=len(group.responses)) for p in group.pairs)
-            masks = None if group.counted is None or other.counted is None else (*group.counted, other.counted[0])
-            group = group._replace(responses=(*group.responses, other.responses[0]), pairs=pairs, counted=masks)
+            own, answer = _with_masks(group), int(index.mismatched[i, 1])
+            counted = (*own, _with_masks(other)[answer])
+            group = group._replace(responses=(*group.responses, other.responses[answer]), pairs=pairs, counted=counted)
         if [len(r) for r in group.responses] != index.responses(i):
             raise DataError(f"{self.data.records.where(row)}: the row changed since it was indexed; start again")
         if self.ref_lookup is not None:
             group = group._replace(ref_logps=self.ref_lookup(row, index.responses(i)))
         return group
+
+
+def _with_masks(group: TokenGroup) -> tuple[np.ndarray, ...]:
+    """Which tokens of each response count, also where all do."""
+    return tuple(np.ones(len(r), bool) for r in group.responses) if group.counted is None else group.counted
 
 
 def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:

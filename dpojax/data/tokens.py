@@ -286,15 +286,13 @@ def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
     return frozenset(found.values())
 
 
-def _counted(responses, masks: Sequence[Sequence[int]] | None, masked: frozenset[int]) -> tuple[np.ndarray, ...] | None:
-    """Which tokens of each response count: those that neither the row nor the settings mask."""
+def _counted(responses: Sequence[np.ndarray], masks: Sequence[Sequence[int]] | None, masked: frozenset[int]):
+    """Which tokens of each response count: those that neither the row nor the settings mask. None: all."""
     if not masked and masks is None:
         return None
     counted = tuple(~np.isin(r, list(masked)) for r in responses)
     if masks is not None:
         counted = tuple(c & np.asarray(m, bool) for c, m in zip(counted, masks, strict=True))
-    if not all(c.any() for c in counted):
-        raise Dropped("all_masked")
     return counted
 
 
@@ -309,9 +307,12 @@ def tokenize(
     responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
     if not prompt:
         raise Dropped("empty_prompt")
-    sound = keep_sound(responses, group.pairs, had_pairs=bool(group.pairs))
-    arrays = tuple(np.asarray(r, np.int32) for r in sound.responses)
+    arrays = [np.asarray(r, np.int32) for r in responses]
+    counted = _counted(arrays, group.masks, masked)
+    # What holds only formatting tokens has nothing to score, as if it were empty.
+    scored = responses if counted is None else [r if c.any() else () for r, c in zip(responses, counted, strict=True)]
+    sound = keep_sound(scored, group.pairs, had_pairs=bool(group.pairs))
+    arrays = tuple(arrays[i] for i in sound.kept)
+    counted = None if counted is None else tuple(counted[i] for i in sound.kept)
     cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons)
-    masks = None if group.masks is None else [group.masks[i] for i in sound.kept]
-    counted = _counted(arrays, masks, masked)
     return TokenGroup(np.asarray(prompt, np.int32), arrays, sound.pairs, row, counted=counted), cut

@@ -27,13 +27,12 @@ from dpojax.errors import ConfigError, DataError
 # Reasons to drop a pair; each is counted, and the audit shows examples.
 DROPPED = {
     "empty_prompt": "the prompt is empty",
-    "empty_response": "a response is empty or only white space",
+    "empty_response": "a response is empty, or only white space or formatting tokens",
     "identical": "chosen and rejected are the same",
     "prompt_mismatch": "chosen and rejected answer different prompts",
     "role_order": "a dialogue does not end in an assistant's answer to somebody",
     "no_preference": "no two responses have different scores",
     "conflicting_scores": "equal responses have different scores",
-    "all_masked": "a response holds nothing but formatting tokens",
     "undesirable": "the response is labelled as a bad one, and SFT learns good ones",
 }
 
@@ -132,6 +131,9 @@ def _read_row(row: Row, where: str, template: str) -> Group:
     if "prompt_ids" in row or "chosen_ids" in row:
         ids = [_ids(row, key, where) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         return Group(ids[0], tuple(ids[1:]), (_pair(row, where),), masks=_masks(row, ids[1:], where))
+    for key in ("chosen_mask", "rejected_mask"):
+        if key in row:
+            raise DataError(f"{where}: column {key!r} masks ids, and the row is text; name the tokens in data.mask_tokens")
     if "responses" in row:
         return _ranked(row, where)
     if "completions" in row and "chosen" not in row:
@@ -193,6 +195,8 @@ def _unpair(group: Group, where: str) -> Group:
     if len(group.pairs) != 1:
         raise DataError(f"{where}: ranked responses have no label; give them a column 'labels', or use a pairwise objective")
     (p,) = group.pairs
+    if p.soft_label != 1:
+        raise DataError(f"{where}: column 'soft_label' is {p.soft_label}; an unpaired objective takes labels, true or false")
     if group.responses[p.chosen] == group.responses[p.rejected]:
         raise Dropped("identical")
     both = [TokenPair(i, i, p.weight, label, 0.0) for i, label in ((p.chosen, 1.0), (p.rejected, 0.0))]
@@ -201,8 +205,9 @@ def _unpair(group: Group, where: str) -> Group:
 
 def _label(group: Group, row: Row, where: str, kind: str) -> Group:
     """Completions with their labels: examples for an unpaired objective, and the good ones for SFT."""
+    row = {k: v for k, v in row.items() if v is not None}
     key = "labels" if "completions" in row else "label"
-    if row.get(key) is None:
+    if key not in row:
         if kind == "sft":
             return group
         raise DataError(f"{where}: column {key!r} is missing; an unpaired objective needs it for every response")
@@ -217,7 +222,7 @@ def _label(group: Group, row: Row, where: str, kind: str) -> Group:
         if not good:
             raise Dropped("undesirable")
         return group._replace(responses=good)
-    weight = _number(row, "weight", where, 1.0)
+    weight = _weight(row, where)
     examples = [TokenPair(place[t], place[t], weight, float(v), 0.0) for t, v in zip(texts, labels, strict=True)]
     return group._replace(pairs=tuple(examples))
 
@@ -231,10 +236,15 @@ def _number(row: Row, key: str, where: str, default: float) -> float:
     return float(value)
 
 
-def _pair(row: Row, where: str) -> TokenPair:
-    weight, soft_label = _number(row, "weight", where, 1.0), _number(row, "soft_label", where, 1.0)
+def _weight(row: Row, where: str) -> float:
+    weight = _number(row, "weight", where, 1.0)
     if weight < 0:
         raise DataError(f"{where}: column 'weight' is {weight}; it must be at least 0")
+    return weight
+
+
+def _pair(row: Row, where: str) -> TokenPair:
+    weight, soft_label = _weight(row, where), _number(row, "soft_label", where, 1.0)
     if not 0 <= soft_label <= 1:
         raise DataError(f"{where}: column 'soft_label' is {soft_label}; it is a probability, in [0, 1]")
     if ("score_chosen" in row) != ("score_rejected" in row):
