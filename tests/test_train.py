@@ -135,10 +135,11 @@ def test_a_coupled_objectives_gradient_is_that_of_its_definition():
     few, _ = tiny.pack(made, row_tokens=64, shard_rows=1)
     assert int(few.num_micro) == 2
 
+    mb = micro_batch(batch, 0)
+    used = np.flatnonzero(mb.valid[0])
+
     def whole(p):
-        mb = micro_batch(batch, 0)
         ours, theirs = (pair_logps(mb, batch_scores(MODEL, q, mb, chunk=16).logps) for q in (p, REF))
-        used = np.flatnonzero(mb.valid[0])
         a, b = (ours[i][used] - jax.lax.stop_gradient(theirs[i][used]) for i in (0, 1))
         return -jnp.mean(jax.nn.log_sigmoid(0.1 * (jnp.sort(a) - jnp.sort(b))))
 
