@@ -15,6 +15,7 @@ from dpojax.config import Config, resolved_mode, to_dict
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
 from dpojax.datasets import Data, open_data
+from dpojax.flops import token_flops
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, say
 from dpojax.models import hf
@@ -173,6 +174,7 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
         groups=groups,
         epoch_groups=len(data.train_index.rows),
         evaluate=lambda step, state: None,
+        flops=token_flops(policy.config, passes=4 if resolved_mode(c) == "live" else 3),
     )
     return stage, optimizer
 

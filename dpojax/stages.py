@@ -18,6 +18,7 @@ from dpojax.data.packing import PackedBatch, PackShape
 from dpojax.data.pipeline import PackGroups, make_shape, train_batches
 from dpojax.datasets import Data
 from dpojax.errors import CheckpointError, Interrupted, NumericsError
+from dpojax.flops import TokenFlops, peak_flops, token_flops
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.optim import make_optimizer, make_schedule
@@ -35,6 +36,7 @@ class Dispatched(NamedTuple):
     metrics: StepMetrics
     num_pairs: int
     num_tokens: int
+    num_response_tokens: int
     waste: tuple[float, float]
 
 
@@ -54,12 +56,13 @@ class Stage:
     groups: int  # per step
     epoch_groups: int
     evaluate: Callable[[int, TrainState], None]
+    flops: TokenFlops
     num_tokens: int = 0  # trained on since step 0
     evaluation_due: bool = True  # before the next step: at step 0, and where a signal came before an evaluation
     pairs: int = 0  # trained on since step 0, without the first step of each process
     seconds: float = 0.0  # that they took
     finished: int = 0  # steps of this process
-    since_log: tuple[float, ...] = (0, 0, 0, 0)  # steps, pairs, tokens, seconds
+    since_log: tuple[float, ...] = (0, 0, 0, 0, 0)  # steps, pairs, tokens, response tokens, seconds
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
@@ -71,18 +74,18 @@ class Stage:
         self.finished += 1
         if self.finished > 1:  # the first step of a process compiles
             self.pairs, self.seconds = self.pairs + done.num_pairs, self.seconds + seconds
-        own = (1, done.num_pairs, done.num_tokens, seconds)
+        own = (1, done.num_pairs, done.num_tokens, done.num_response_tokens, seconds)
         self.since_log = tuple(a + b for a, b in zip(self.since_log, own, strict=True))
         self._look_for_trouble(job, done)
         if _is_logged(job, self, done.step):
             self._log(job, done)
-            self.since_log = (0, 0, 0, 0)
+            self.since_log = (0, 0, 0, 0, 0)
         return now
 
     def _log(self, job: Job, done: Dispatched) -> None:
         """Writes a step's means, and the speed since the last logged step."""
         scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
-        steps, pairs, tokens, seconds = self.since_log
+        steps, pairs, tokens, response_tokens, seconds = self.since_log
         rate = (pairs or steps * self.groups) / seconds
         scalars |= {
             "learning_rate": float(self.schedule(done.step - 1 - int(done.metrics.skipped))),
@@ -91,6 +94,7 @@ class Stage:
             "pairs_per_second": rate,
             "tokens_per_second": tokens / seconds,
             "step_time_s": seconds / steps,
+            **self._work(tokens, response_tokens, seconds),
             "padding/packing": done.waste[0],
             "padding/rounding": done.waste[1],
         }
@@ -101,6 +105,13 @@ class Stage:
         unit = "pairs" if done.num_pairs else "prompts"
         left = duration((self.num_steps - done.step) * seconds / steps)
         job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {rate:.1f} {unit}/s  ETA {left}")
+
+    def _work(self, tokens: float, response_tokens: float, seconds: float) -> dict[str, float]:
+        """Useful TFLOP/s of all devices, and the share of what they could do, where that is known."""
+        rate = (tokens * self.flops.token + response_tokens * self.flops.response_token) / seconds
+        peak = peak_flops(jax.devices()[0].device_kind)
+        share = {} if peak is None else {"useful_mfu": rate / (peak * jax.device_count())}
+        return {"useful_tflops": rate / 1e12, **share}
 
     def _look_for_trouble(self, job: Job, done: Dispatched) -> None:
         """Names the rows of a step that is not finite or spikes; gives up after NON_FINITE_LIMIT non-finite ones in a row."""
@@ -188,7 +199,7 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainS
         state, metrics = stage.step_program(state, ref_params, job.put(batch), details)
         if pending:
             clock = stage.finish(job, pending, clock)
-        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), waste)
+        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), int(batch.num_response_tokens), waste)
         exit_code = job.stop(step)
         evaluation_due = step % job.config.eval_every_steps == 0 or step == stage.num_steps
         checkpoint_due = step % job.config.checkpoint_every_steps == 0 or step == stage.num_steps
@@ -379,6 +390,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         groups=groups,
         epoch_groups=len(data.sft_index.rows),
         evaluate=lambda step, state: None,
+        flops=token_flops(policy.config, passes=3),
     )
     if resumable_step(job, stage) == c.sft.num_steps:
         # Complete: the optimizer's state is not needed any more.

@@ -297,3 +297,15 @@ def test_weights_and_labels_of_the_data_reach_the_loss():
         h = np.asarray(found.scalars["rewards/margins"])
     # -ls(-h) = -ls(h) + h: the soft label only adds its share of the mean margin
     np.testing.assert_allclose(total["weighted"], 0.5 * (total["plain"] + 0.2 * h), rtol=1e-5)
+
+
+def test_useful_flops_are_those_of_every_matrix_once_per_token():
+    from dpojax.flops import peak_flops, token_flops
+
+    c = tiny.CONFIG
+    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    layer = attention + 3 * c.hidden_size * c.intermediate_size
+    found = token_flops(c, passes=3)
+    assert found == (6 * c.num_layers * layer, 6 * c.hidden_size * c.vocab_size)
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12 and peak_flops("cpu") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
