@@ -69,8 +69,7 @@ class Sampling:
             chunk=job.config.model.logps_chunk_tokens,
         )
         self.scorer = job.program("scorer", scorer, out_shardings=job.replicated)
-        # of a reference with its own dtype or shardings, so that no copy of it is needed
-        self.ref_scorer = job.program("reference_scorer", scorer, out_shardings=job.replicated)
+        self._scorer_function, self._ref_scorer = scorer, None
 
     @property
     def from_the_policy(self) -> bool:
@@ -96,8 +95,10 @@ class Sampling:
             max_new_tokens=self.job.config.sample.max_new_tokens,
             **self.common,
         )
-        ref_scorer = self.scorer if reference.same_layout(ref, params) else self.ref_scorer
-        return score(self.scorer, params) - score(ref_scorer, ref)
+        if not reference.same_layout(ref, params) and self._ref_scorer is None:
+            # A program of its own for a reference of its own dtype or shardings, so that no copy of it is needed.
+            self._ref_scorer = self.job.program("reference_scorer", self._scorer_function, out_shardings=self.job.replicated)
+        return score(self.scorer, params) - score(self._ref_scorer or self.scorer, ref)
 
     def compare(self, params, ref) -> dict[str, Any]:
         """Policy and reference answer the same prompts. `ref` may have another dtype and sharding than `params`."""

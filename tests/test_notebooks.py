@@ -22,4 +22,10 @@ def test_the_notebook_runs_and_is_stored_without_outputs(path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     kernel = KernelManager(kernel_name="python3")
     kernel.kernel_spec.argv[0] = sys.executable  # this environment, whatever "python3" is registered as
-    nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    try:
+        client.execute(cleanup_kc=True)
+    finally:
+        if kernel.has_kernel:  # nbclient leaves a kernel that it was given
+            kernel.shutdown_kernel(now=True)
+        kernel.cleanup_resources()
