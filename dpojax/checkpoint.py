@@ -99,7 +99,8 @@ class Checkpoints:
         Args:
           keep: how many of the newest steps stay.
         """
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; its errors are passed on here
+        for name in ("absl", "asyncio"):  # Orbax narrates, and drops futures that failed; its errors are passed on here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.failed, self._keep, self._pending = folder.resolve(), 0, keep, False
         folder.mkdir(parents=True, exist_ok=True)
         self.strays = sorted({p.name for p in folder.iterdir()} - set(map(str, committed_steps(folder))))

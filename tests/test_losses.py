@@ -363,14 +363,13 @@ DIFFERENCES = ["sigmoid", "robust", "hinge", "ipo, summed", "exo_pair", "discopo
     ),
 )
 def test_swapping_the_responses_swaps_the_soft_label(a, b, p, label):
-    loss, zero = loss_of(label), pair(0.0, 0.0, (3, 5))
-    policy = pair(np.float32(a), np.float32(b), (3, 5))
-    one = loss(
-        policy, zero, PairInfo(soft_label=jnp.asarray([p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
-    ).loss
-    info = PairInfo(soft_label=jnp.asarray([1 - p]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
-    other = loss(policy.swapped(), zero.swapped(), info).loss
-    np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4)
+    loss = loss_of(label)
+    with jax.enable_x64(True):
+        info = lambda share: PairInfo(soft_label=jnp.asarray([share]), margin=jnp.ones(1), mean_chosen_length=jnp.asarray(3.0))
+        zero, policy = pair(np.float64(0), np.float64(0), (3, 5)), pair(np.float64(a), np.float64(b), (3, 5))
+        one = loss(policy, zero, info(np.float64(p))).loss
+        other = loss(policy.swapped(), zero.swapped(), info(1 - np.float64(p))).loss
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)
