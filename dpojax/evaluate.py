@@ -47,14 +47,15 @@ class Sampling:
 
     def __init__(self, job: Job, data: Data, policy: Policy):
         assert data.tokenizer is not None
-        self.job, self.data, self.policy, self.tokenizer = job, data, policy, data.tokenizer
+        self.job, self.data, self.tokenizer = job, data, data.tokenizer
         c = job.config.sample
         shards = sharding.num_shards(job.mesh)
         self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
-        self.batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
+        batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
         rows = sharding.rows_sharding(job.mesh, leading=0)
         put = lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
-        self.common = dict(batch_size=self.batch_size, pad_id=self.tokenizer.pad_id, put=put, fetch=np.asarray)
+        width = sampling.prompt_width(self.prompts)
+        self.common = dict(width=width, batch_size=batch_size, pad_id=self.tokenizer.pad_id, put=put, fetch=np.asarray)
         settings = sampling.SampleSettings(
             c.max_new_tokens, c.temperature, c.top_k, c.top_p, self.tokenizer.eos_id, self.tokenizer.pad_id
         )
@@ -64,7 +65,7 @@ class Sampling:
         self.own_sampler = self.sampler if self.from_the_policy else make("kl_sampler", own)
         scorer = sampling.make_scorer(
             policy.model,
-            prompt_width=sampling.prompt_width(self.prompts),
+            prompt_width=width,
             num_shards=shards,
             chunk=job.config.model.logps_chunk_tokens,
         )
@@ -79,10 +80,9 @@ class Sampling:
 
     def kl(self, params, ref) -> tuple[float, float]:
         """On-policy KL(policy || reference) and its standard error, nats, over the first sample.kl_prompts prompts."""
-        width = sampling.prompt_width(self.prompts)
         prompts = self.prompts[: self.job.config.sample.kl_prompts]
         drawn, _ = sampling.generate(
-            self.own_sampler, params, prompts, seed=self.job.config.seed, width=width, progress=lambda n: None, **self.common
+            self.own_sampler, params, prompts, seed=self.job.config.seed, progress=lambda n: None, **self.common
         )
         return winrate.mean_with_error(self._log_ratio(params, ref, prompts, drawn))
 
@@ -91,7 +91,6 @@ class Sampling:
             sampling.score_batches,
             prompts=prompts,
             responses=responses,
-            width=sampling.prompt_width(self.prompts),
             max_new_tokens=self.job.config.sample.max_new_tokens,
             **self.common,
         )
@@ -102,14 +101,12 @@ class Sampling:
 
     def compare(self, params, ref) -> dict[str, Any]:
         """Policy and reference answer the same prompts. `ref` may have another dtype and sharding than `params`."""
-        job, tokenizer, width = self.job, self.tokenizer, sampling.prompt_width(self.prompts)
+        job, tokenizer = self.job, self.tokenizer
         sampled = {}
         for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
             progress = job.progress(f"sampling from the {name}", len(self.prompts), "prompts")
             tree = reference.like(tree, params)
-            sampled[name], _ = sampling.generate(
-                self.sampler, tree, self.prompts, seed=seed, width=width, progress=progress, **self.common
-            )
+            sampled[name], _ = sampling.generate(self.sampler, tree, self.prompts, seed=seed, progress=progress, **self.common)
             progress.close(f"{sum(map(len, sampled[name])):,} tokens")
         texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
         result = {"prompts": [tokenizer.decode(p) for p in self.prompts], "texts": texts, "ids": sampled}

@@ -230,8 +230,8 @@ def minimise_free(loss: Loss, ref_logps: Values, preferences: Values, **more) ->
     return _descend(function, ref.size).reshape(ref.shape) / scale
 
 
-def minimise_simplex(loss: Loss, ref_logps: Values, preferences: Values, **more) -> Values:
-    """log pi(y|x) [..., Y] that minimises the population loss over normalised policies, by direct optimisation of logits."""
+def _on_simplex(loss: Loss, ref_logps: Values, preferences: Values, **more):
+    """(x -> log pi, x -> (population loss, its gradient in x)), x being logits beside the reference's."""
     value = make_population_loss(loss, ref_logps, preferences, **more)
     ref, scale = np.asarray(ref_logps, np.float64), _scale(loss)
 
@@ -244,7 +244,13 @@ def minimise_simplex(loss: Loss, ref_logps: Values, preferences: Values, **more)
         gradient = gradient - np.exp(logps) * gradient.sum(axis=-1, keepdims=True)
         return found, gradient.reshape(-1) / scale
 
-    return policy(_descend(function, ref.size))
+    return policy, function
+
+
+def minimise_simplex(loss: Loss, ref_logps: Values, preferences: Values, **more) -> Values:
+    """log pi(y|x) [..., Y] that minimises the population loss over normalised policies, by direct optimisation of logits."""
+    policy, function = _on_simplex(loss, ref_logps, preferences, **more)
+    return policy(_descend(function, np.size(ref_logps)))
 
 
 def stationary_simplex(loss: Loss, ref_logps: Values, preferences: Values, **more) -> Values:
@@ -253,14 +259,6 @@ def stationary_simplex(loss: Loss, ref_logps: Values, preferences: Values, **mor
     For objectives with a weight or reference point that has no gradient of its own (wpo, tdpo2), whose value is not what
     training descends.
     """
-    value = make_population_loss(loss, ref_logps, preferences, **more)
-    ref, scale = np.asarray(ref_logps, np.float64), _scale(loss)
-
-    def slope(x):
-        logps = log_softmax(ref + x.reshape(ref.shape) / scale, axis=-1)
-        gradient = value(logps)[1]
-        gradient = gradient - np.exp(logps) * gradient.sum(axis=-1, keepdims=True)
-        return gradient.reshape(-1) + 1e-9 * x  # the logits are known up to a constant
-
-    found = scipy.optimize.root(slope, np.zeros(ref.size), method="lm", options=dict(xtol=1e-14, ftol=1e-14))
-    return log_softmax(ref + found.x.reshape(ref.shape) / scale, axis=-1)
+    policy, function = _on_simplex(loss, ref_logps, preferences, **more)
+    slope = lambda x: function(x)[1] + 1e-9 * x  # the logits are known up to a constant
+    return policy(scipy.optimize.root(slope, np.zeros(np.size(ref_logps)), method="lm", options=dict(xtol=1e-14, ftol=1e-14)).x)

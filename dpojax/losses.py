@@ -87,6 +87,10 @@ def known(*values: Array | None) -> tuple[Array, ...]:
 # --- differences of log-ratios ----------------------------------------------------------------------------------------
 
 
+def _smoothed(z: Array, e: float) -> Array:
+    return -(1 - e) * ls(z) - e * ls(-z)
+
+
 def sigmoid_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290): -ls(beta h); its optimum is beta h = logit p.
 
@@ -99,8 +103,7 @@ def sigmoid_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Floa
       label_smoothing: e, in [0, 0.5).
     Returns: per-pair loss, nats. [B]. The caller averages.
     """
-    z = beta * x.h
-    return -(1 - label_smoothing) * ls(z) - label_smoothing * ls(-z)
+    return _smoothed(beta * x.h, label_smoothing)
 
 
 def robust_loss(x: Pairs, *, beta: float, label_smoothing: float) -> Float[Array, "B"]:
@@ -260,10 +263,6 @@ def _sort(values: Float[Array, "B"], valid: Bool[Array, "B"]) -> tuple[Array, Ar
     return values[order], jnp.argsort(order, stable=True)
 
 
-def _smoothed(z: Array, e: float) -> Array:
-    return -(1 - e) * ls(z) - e * ls(-z)
-
-
 def aot_loss(x: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """AOT, Melnyk et al. 2024 (arXiv:2406.05882): DPO between equal quantiles of the policy's and the reference's gaps.
 
@@ -298,15 +297,18 @@ def kto_loss(x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirabl
 
     lambda_D (1 - s(beta (r - z0))) on desirable responses, lambda_U (1 - s(beta (z0 - r))) on undesirable ones, r = a.
     """
-    z = beta * (x.a - kto_point(x))
-    return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
+    return _by_label(x, beta * (x.a - kto_point(x)), desirable_weight, undesirable_weight)
 
 
 def apo_zero_unpaired_loss(
     x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Float[Array, "B"]:
     """APO-zero (arXiv:2408.06266, Eq. 7) on unpaired data: 1 - s(beta r) on desirable responses, s(beta r) on others."""
-    z = beta * x.a
+    return _by_label(x, beta * x.a, desirable_weight, undesirable_weight)
+
+
+def _by_label(x: Pairs, z: Array, desirable_weight: float, undesirable_weight: float) -> Array:
+    """1 - s(z) on desirable responses and s(z) on others, weighted."""
     return jnp.where(_desirable(x), desirable_weight * jax.nn.sigmoid(-z), undesirable_weight * jax.nn.sigmoid(z))
 
 
@@ -318,10 +320,14 @@ def _desirable(x: Pairs) -> Bool[Array, "B"]:
 # --- without a reference ----------------------------------------------------------------------------------------------
 
 
+def _gap_per_token(x: Pairs) -> Array:
+    len_w, len_l = x.lengths
+    return x.policy.chosen / len_w - x.policy.rejected / len_l
+
+
 def simpo_loss(x: Pairs, *, beta: float, gamma: float) -> Float[Array, "B"]:
     """SimPO, Eq. 6 of Meng et al. 2024 (arXiv:2405.14734): -ls(beta (log pi_w / |y_w| - log pi_l / |y_l|) - gamma)."""
-    len_w, len_l = x.lengths
-    return -ls(beta * (x.policy.chosen / len_w - x.policy.rejected / len_l) - gamma)
+    return -ls(beta * _gap_per_token(x) - gamma)
 
 
 def _log_odds(x: Pairs) -> Float[Array, "B"]:
@@ -455,11 +461,6 @@ def _ld_margin(x: Pairs, s: Settings) -> Array:
     return head + s["alpha"] * (x.h - head)
 
 
-def _simpo_margin(x: Pairs, s: Settings) -> Array:
-    len_w, len_l = x.lengths
-    return x.policy.chosen / len_w - x.policy.rejected / len_l
-
-
 def _tdpo_margin(x: Pairs, s: Settings) -> Array:
     k_w, k_l = known(x.policy.chosen_kl, x.policy.rejected_kl)
     return x.h - s.get("alpha", 1.0) * (k_l - k_w)
@@ -523,7 +524,7 @@ OBJECTIVES: dict[str, Objective] = {
     "tdpo1": Objective(tdpo1_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
     "tdpo2": Objective(tdpo2_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
     "simpo": Objective(
-        simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), _simpo_margin, reference="none"
+        simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), lambda x, s: _gap_per_token(x), reference="none"
     ),
     "orpo": Objective(orpo_loss, _orpo_at, lambda x, s: _log_odds(x), reference="none"),
     "cpo": Objective(

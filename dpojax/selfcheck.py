@@ -13,7 +13,16 @@ from dpojax.errors import NumericsError
 from dpojax.losses import PairInfo, PairLogps
 from dpojax.models import Model
 from dpojax.objectives import Loss
-from dpojax.train import PairResults, StepScores, pair_results, pairs_of, step_pairs, step_results, step_scores
+from dpojax.train import (
+    PairResults,
+    StepScores,
+    each_micro_batch,
+    pair_results,
+    pairs_of,
+    step_pairs,
+    step_results,
+    step_scores,
+)
 
 # |log-ratio| over the sum of |token log-probs| of a response, where policy == reference.
 RATIO_BOUND = {"float32": 1e-6, "bfloat16": 1e-2}
@@ -98,8 +107,7 @@ def _by_micro_batch(loss: Loss, batch: PackedBatch, scores: StepScores) -> PairR
     def one(mb: PackedBatch, own: StepScores) -> PairResults:
         return pair_results(loss, *pairs_of(loss, mb, own), mb.row_id.reshape(-1))
 
-    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
-    results = jax.vmap(one, in_axes=(axes, 0))(batch, scores)
+    results = each_micro_batch(one, batch, scores)
     return jax.tree.map(lambda x: x.reshape(batch.valid.shape), results)
 
 

@@ -91,6 +91,12 @@ def micro_batch(batch: PackedBatch, i) -> PackedBatch:
     return jax.tree.map(lambda x: x if x.ndim == 0 else jax.lax.dynamic_index_in_dim(x, i, 0, False), batch)
 
 
+def each_micro_batch(function: Callable[..., Any], batch: PackedBatch, *others: Any) -> Any:
+    """function(micro-batch, ...) of every micro-batch at once; `others` and the results are [M, ...]."""
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
+    return jax.vmap(function, in_axes=(axes, *[0] * len(others)))(batch, *others)
+
+
 def hidden_by_shard(model: Model, params, mb: PackedBatch) -> Float[Array, "A U D"]:
     """Final hidden states of every packed token, flattened within each data shard."""
     hidden = model.hidden_states(params, mb.tokens, mb.positions, mb.group, mb.branch)
@@ -199,8 +205,7 @@ def pairs_of(loss: Loss, mb: PackedBatch, scores: StepScores) -> tuple[PairLogps
 
 def step_pairs(loss: Loss, batch: PackedBatch, scores: StepScores) -> tuple[PairLogps, PairLogps | None, PairInfo]:
     """As `pairs_of`, of a whole step: fields [M, ...], the pairs of all micro-batches and shards in one axis."""
-    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
-    policy, ref, info = jax.vmap(functools.partial(pairs_of, loss), in_axes=(axes, 0))(batch, scores)
+    policy, ref, info = each_micro_batch(functools.partial(pairs_of, loss), batch, scores)
     (mean_length,) = known(info.mean_chosen_length)
     mean_length = mean_length[0]
     policy, ref, info = jax.tree.map(lambda x: x.reshape(-1), (policy, ref, info))
@@ -236,7 +241,7 @@ def pair_results(loss: Loss, policy: PairLogps, ref: PairLogps | None, info: Pai
     )
 
 
-def with_details(results: PairResults, mb: PackedBatch, scores: TokenScores) -> PairResults:
+def with_details(mb: PackedBatch, results: PairResults, scores: TokenScores) -> PairResults:
     """The results of a micro-batch with the sums over its tokens."""
     logits, entropy = pair_sums(mb, scores.mean_logit), pair_sums(mb, scores.entropy)
     correct = pair_sums(mb, scores.correct.astype(jnp.float32))
@@ -356,7 +361,7 @@ def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb
     scores = both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details)
     policy, ref, info = pairs_of(loss, mb, scores)
     results = pair_results(loss, policy, ref, info, mb.row_id.reshape(-1))
-    results = with_details(results, mb, scores.policy)
+    results = with_details(mb, results, scores.policy)
     total = jnp.sum(jnp.where(info.valid, loss(policy, ref, info).loss, 0.0))
     return total, jax.tree.map(lambda x: x.reshape(mb.valid.shape), results)
 
@@ -374,8 +379,7 @@ def step_results(loss: Loss, batch: PackedBatch, scores: StepScores, shift) -> P
     policy, ref, info = step_pairs(loss, batch, scores)
     results = pair_results(loss, policy, ref, info._replace(shift=shift), batch.row_id.reshape(-1))
     results = jax.tree.map(lambda x: x.reshape(batch.valid.shape), results)
-    axes = jax.tree.map(lambda x: 0 if x.ndim else None, batch)
-    described = jax.vmap(with_details, in_axes=(0, axes, 0))(results, batch, scores.policy)
+    described = each_micro_batch(with_details, batch, results, scores.policy)
     return jax.tree.map(lambda x: x.reshape(batch.valid.shape), described)
 
 

@@ -204,7 +204,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         rows.append(row)
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))
-        for response in group.responses:
+        for response in group.responses if data.mask_ids else ():
             counts.update(f"masked/{i}" for i in response.tolist() if i in data.mask_ids)
         counted.extend(map(len, group.responses) if group.counted is None else (int(c.sum()) for c in group.counted))
         hashes.append(zlib.crc32(group.prompt.tobytes()))

@@ -276,14 +276,14 @@ def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
         raise ConfigError(
             f"data.mask_tokens={names!r}: the rows are token ids; give them chosen_mask and rejected_mask columns"
         )
-    found = {}
+    found = set()
     for name in wanted:
         assert tokenizer is not None
         piece = tokenizer.piece_id(name)
         if piece is None:
             raise ConfigError(f"data.mask_tokens: the tokenizer has no piece {name!r}")
-        found[name] = piece
-    return frozenset(found.values())
+        found.add(piece)
+    return frozenset(found)
 
 
 def _counted(responses: Sequence[np.ndarray], masks: Sequence[Sequence[int]] | None, masked: frozenset[int]):
