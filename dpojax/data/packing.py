@@ -15,14 +15,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-def visible(query, key, query_group, key_group, query_branch, key_branch):
+def visible(query, key, query_group, key_group, query_branch, key_branch, distance=None, window=None):
     """The one attention rule: may the query at row index `query` see the key at row index `key`?
 
     A key is visible iff it is not later, it belongs to the same group (0 is padding), and it is in the
     group's prompt (branch 0) or in the query's own response. Arguments broadcast against each other.
+
+    Args:
+      distance: the query's position minus the key's; positions, not row indices, for layers with a window.
+      window: a key is seen only at a distance below it; None: at any.
     """
     same_group = (key_group == query_group) & (query_group != 0)
-    return (key <= query) & same_group & ((key_branch == 0) | (key_branch == query_branch))
+    seen = (key <= query) & same_group & ((key_branch == 0) | (key_branch == query_branch))
+    return seen if window is None else seen & (distance < window)
 
 
 class TokenPair(NamedTuple):

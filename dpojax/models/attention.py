@@ -18,27 +18,43 @@ SAVED = "attention"  # the name under which a remat policy finds what the backwa
 MASKED = -1e30  # exp(MASKED - max) is exactly 0 in float32, and a row without a visible key stays finite
 
 
+class Rows(NamedTuple):
+    """What attention must know of the tokens of packed rows."""
+
+    group: Int[Array, "R L"]
+    branch: Int[Array, "R L"]
+    position: Int[Array, "R L"]
+
+
+def _cap(scores, softcap: float | None):
+    """Soft-capped scores, cap tanh(s / cap) (Gemma 2, arXiv:2408.00118, section 2)."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
 def attend(
     q: Float[Array, "R Q H E"],
     k: Float[Array, "R S K E"],
     v: Float[Array, "R S K E"],
     mask: Bool[Array, "R Q S"],
+    *,
+    softcap: float | None,
 ) -> Float[Array, "R Q H E"]:
-    """Softmax attention where `mask` is True; grouped heads; scores and softmax in float32."""
+    """Softmax attention where `mask` is True; grouped heads; scores and softmax in float32. q is scaled already."""
     rows, queries, heads, head_dim = q.shape
-    q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], head_dim) * head_dim**-0.5
-    scores = jnp.einsum("RQKJE,RSKE->RKJQS", q, k, preferred_element_type=jnp.float32)
+    q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], head_dim)
+    scores = _cap(jnp.einsum("RQKJE,RSKE->RKJQS", q, k, preferred_element_type=jnp.float32), softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
     out = jnp.einsum("RKJQS,RSKE->RQKJE", weights.astype(v.dtype), v)
     return out.reshape(rows, queries, heads, head_dim)
 
 
-def full_attention(q, k, v, group, branch):
-    """The rule through one [L, L] mask: the oracle of every faster path. Shapes as `blocked_attention`."""
+def full_attention(q, k, v, rows: Rows, window=None, *, softcap: float | None = None):
+    """The rule through one [L, L] mask: the oracle of every faster path. Arguments as `blocked_attention`."""
     index = jnp.arange(q.shape[1])
+    group, branch, position = rows
     mask = visible(index[:, None], index[None, :], group[:, :, None], group[:, None, :], branch[:, :, None],
-                   branch[:, None, :])  # fmt: skip
-    return attend(q, k, v, mask)
+                   branch[:, None, :], position[:, :, None] - position[:, None, :], window)  # fmt: skip
+    return attend(q, k, v, mask, softcap=softcap)
 
 
 class _Blocks(NamedTuple):
@@ -46,7 +62,9 @@ class _Blocks(NamedTuple):
 
     group: Int[Array, "N R C"]
     branch: Int[Array, "N R C"]
+    position: Int[Array, "N R C"]
     first: Int[Array, "N"]  # the first block with a visible key, over all rows
+    window: Int[Array, ""] | None
 
 
 def _dot(x, y, x_dim: int, y_dim: int):
@@ -63,19 +81,20 @@ def _bias(blocks: _Blocks, i, j, heads: int):
         (i * size + index)[:, None], j * size + index,
         blocks.group[i][:, :, None], blocks.group[j][:, None],
         blocks.branch[i][:, :, None], blocks.branch[j][:, None],
+        blocks.position[i][:, :, None] - blocks.position[j][:, None], blocks.window,
     )  # fmt: skip
     bias = jnp.where(mask, 0.0, MASKED)
     return jnp.tile(bias, (1, heads, 1))[:, None]
 
 
-def _forward(q, k, v, blocks: _Blocks):
+def _forward(q, k, v, blocks: _Blocks, softcap):
     """Output and log-sum-exp, block of queries by block, keys folded in one block at a time."""
     heads = q.shape[3] // k.shape[3]
 
     def queries(i, carry):
         def keys(j, state):
             top, total, out = state
-            scores = _dot(q[i], k[j], 3, 3) + _bias(blocks, i, j, heads)
+            scores = _cap(_dot(q[i], k[j], 3, 3), softcap) + _bias(blocks, i, j, heads)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             out = out * shrink[..., None] + _dot(weights.astype(v.dtype), v[j], 3, 2)
@@ -90,17 +109,19 @@ def _forward(q, k, v, blocks: _Blocks):
     return jax.lax.fori_loop(0, q.shape[0], queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:4], jnp.float32)))
 
 
-@jax.custom_vjp
-def _blocked(q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: _Blocks):
-    return _forward(q, k, v, blocks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(
+    q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: _Blocks, softcap
+):
+    return _forward(q, k, v, blocks, softcap)[0]
 
 
-def _blocked_fwd(q, k, v, blocks):
-    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, blocks))
+def _blocked_fwd(q, k, v, blocks, softcap):
+    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, blocks, softcap))
     return out, (q, k, v, blocks, out, lse)
 
 
-def _blocked_bwd(residuals, d_out):
+def _blocked_bwd(softcap, residuals, d_out):
     """Scores are computed anew from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 2.3.2)."""
     q, k, v, blocks, out, lse = residuals
     heads = q.shape[3] // k.shape[3]
@@ -109,8 +130,11 @@ def _blocked_bwd(residuals, d_out):
     def queries(i, carry):
         def keys(j, state):
             dq, dk, dv = state
-            weights = jnp.exp(_dot(q[i], k[j], 3, 3) + _bias(blocks, i, j, heads) - lse[i][..., None])
+            scores = _cap(_dot(q[i], k[j], 3, 3), softcap)
+            weights = jnp.exp(scores + _bias(blocks, i, j, heads) - lse[i][..., None])
             d_scores = weights * (_dot(d_out[i], v[j], 3, 3) - delta[i][..., None])
+            if softcap is not None:
+                d_scores = d_scores * (1 - (scores / softcap) ** 2)
             weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
             dv = dv.at[j].add(_dot(weights, d_out[i], 2, 2))
             dk = dk.at[j].add(_dot(d_scores, q[i], 2, 2))
@@ -133,9 +157,10 @@ def blocked_attention(
     q: Float[Array, "R L H E"],
     k: Float[Array, "R L K E"],
     v: Float[Array, "R L K E"],
-    group: Int[Array, "R L"],
-    branch: Int[Array, "R L"],
+    rows: Rows,
+    window: Int[Array, ""] | None = None,
     *,
+    softcap: float | None = None,
     block: int,
     chains: int,
 ) -> Float[Array, "R L H E"]:
@@ -145,37 +170,43 @@ def blocked_attention(
     keys with a trip count read from `group`. Nothing larger than a block of scores exists in either pass.
 
     Args:
+      q: scaled already.
+      window: a key is seen only at a distance of positions below it; None: at any.
+      softcap: bounds the scores, or None.
       block: C, tokens per block.
       chains: the rows are chained into this many long rows first (0: they are not), so that no row waits for the
         longest group that stands at the same place of another.
     """
     shape = q.shape
+    group, branch, position = rows
     if chains and shape[0] % chains == 0:
         # Groups are counted anew in each row; in a chain they need different numbers.
         row = jnp.arange(shape[0])[:, None] * shape[1]
         group = jnp.where(group > 0, group + row, 0)
         chain = lambda x: x.reshape(chains, -1, *x.shape[2:])
-        q, k, v, group, branch = (chain(x) for x in (q, k, v, group, branch))
-    rows, length, heads, head_dim = q.shape
+        q, k, v, group, branch, position = (chain(x) for x in (q, k, v, group, branch, position))
+    num_rows, length, heads, head_dim = q.shape
     kv_heads, padding = k.shape[2], -length % block
     count = (length + padding) // block
-    group, branch = (jnp.pad(x, ((0, 0), (0, padding))) for x in (group, branch))
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q * head_dim**-0.5, k, v))
-    q = q.reshape(rows, count, block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
-    q = q.reshape(count, rows, kv_heads, -1, head_dim)
-    k, v = (x.reshape(rows, count, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
-    starts = jnp.concatenate([jnp.ones((rows, 1), bool), group[:, 1:] != group[:, :-1]], axis=1)
+    group, branch, position = (jnp.pad(x, ((0, 0), (0, padding))) for x in (group, branch, position))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+    q = q.reshape(num_rows, count, block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    q = q.reshape(count, num_rows, kv_heads, -1, head_dim)
+    k, v = (x.reshape(num_rows, count, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    starts = jnp.concatenate([jnp.ones((num_rows, 1), bool), group[:, 1:] != group[:, :-1]], axis=1)
     index = jnp.broadcast_to(jnp.arange(length + padding), starts.shape)
-    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    split = lambda x: x.reshape(rows, count, block).transpose(1, 0, 2)
-    blocks = _Blocks(split(group), split(branch), split(start)[:, :, 0].min(axis=1) // block)
-    out = _blocked(q, k, v, blocks)
-    out = out.reshape(count, rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(rows, length + padding, heads, head_dim)[:, :length].reshape(shape)
+    start = jnp.where(group > 0, jax.lax.cummax(jnp.where(starts, index, 0), axis=1), index)
+    if window is not None:  # a token of branch k stands at or behind its group's start + its position
+        start = start + jnp.maximum(0, position - window + 1)
+    split = lambda x: x.reshape(num_rows, count, block).transpose(1, 0, 2)
+    first = split(start).min(axis=(1, 2)) // block
+    out = _blocked(q, k, v, _Blocks(split(group), split(branch), split(position), first, window), softcap)
+    out = out.reshape(count, num_rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(num_rows, length + padding, heads, head_dim)[:, :length].reshape(shape)
 
 
 def make_attention(name: str, *, num_shards: int):
-    """The function (q, k, v, group, branch) -> out that `model.attention` names.
+    """The function (q, k, v, rows, window, softcap=) -> out that `model.attention` names.
 
     Args:
       num_shards: data shards, over which the rows are spread.

@@ -1,36 +1,87 @@
 """What a decoder is: one frozen record of every choice that changes its forward pass."""
 
 import dataclasses
+from typing import Any
 
 NORMS = ("rms", "layer")
 MLPS = ("gated", "plain")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts; the equations are in models/rope.py."""
+
+    kind: str  # one of ROPE_SCALINGS
+    factor: float
+    original_max_positions: int
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cosine and sine
+    short_factors: tuple[float, ...] = ()  # longrope: divides each frequency, up to original_max_positions
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of a decoder. No field has a default: a checkpoint or a config defines each."""
+    """Sizes and choices of a decoder. A checkpoint or a config defines each; those with a default do nothing at it."""
 
     vocab_size: int  # V
     hidden_size: int  # D
-    intermediate_size: int  # F
+    intermediate_size: int  # F; of one expert in a mixture
     num_layers: int  # N
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads; divides num_heads
-    head_dim: int  # E, even (rotary embeddings turn pairs)
+    head_dim: int  # E
     norm: str  # one of NORMS
     norm_eps: float
     mlp: str  # one of MLPS
     activation: str  # one of ACTIVATIONS
     rope_theta: float
     tie_embeddings: bool
-    attention_bias: bool
+    attention_bias: bool  # of the maps to queries, keys and values
     mlp_bias: bool
-    max_positions: int  # what the model was made for; rotary embeddings go on, with a warning
+    max_positions: int  # what the model was made for
     init_std: float  # standard deviation of random weights
+    family: str = "llama"  # whose names an export takes, a key of hf.FAMILIES
+    output_bias: bool | None = None  # of attention's output map; None: as attention_bias
+    head_bias: bool = False  # of the map to the vocabulary
+    positions: str = "rotary"  # or "learned": a table of max_positions rows
+    hard_max_positions: bool = False  # positions past max_positions cannot be computed
+    rotary_dim: int | None = None  # leading dimensions of a head that are turned; None: all
+    rope_interleaved: bool = False  # pairs (x_2i, x_2i+1), not (x_i, x_{i + E/2})
+    rope_scaling: RopeScaling | None = None  # not of windowed layers with a local_rope_theta
+    local_rope_theta: float | None = None  # of windowed layers; None: rope_theta
+    windows: tuple[int, ...] = ()  # of each layer, 0 = none; () = none anywhere
+    residual: str = "sequential"  # or "parallel": attention and mlp read the same x; "parallel_shared": through one norm
+    norm_placement: str = "pre"  # before attention and mlp; or "post": after them; or "both"
+    norm_offset: bool = False  # scales are stored minus 1
+    qk_norm: str = "none"  # RMSNorm of queries and keys: of each "head", or of all heads together, "full"
+    query_scale: float | None = None  # of the scores; None: E^-0.5
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    num_experts: int = 0  # X, of a mixture; 0: one mlp
+    experts_per_token: int = 0
+    renormalise_experts: bool = False  # the chosen experts' weights sum to 1
 
     def __post_init__(self):
-        choices = {"norm": NORMS, "mlp": MLPS, "activation": ACTIVATIONS}
+        if isinstance(self.rope_scaling, dict):  # from JSON
+            scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in self.rope_scaling.items()}
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        object.__setattr__(self, "windows", tuple(self.windows))
+        choices: dict[str, tuple[Any, ...]] = {
+            "norm": NORMS,
+            "mlp": MLPS,
+            "activation": ACTIVATIONS,
+            "positions": ("rotary", "learned"),
+            "residual": ("sequential", "parallel", "parallel_shared"),
+            "norm_placement": ("pre", "post", "both"),
+            "qk_norm": ("none", "head", "full"),
+        }
         for field, allowed in choices.items():
             value = getattr(self, field)
             if value not in allowed:
@@ -41,5 +92,26 @@ class ModelConfig:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads, {self.num_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.positions == "rotary" and (self.turned % 2 or not 0 < self.turned <= self.head_dim):
+            raise ValueError(
+                f"model.head_dim is {self.head_dim}, of which {self.turned} are turned; rotary embeddings need an even number"
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"model.windows has {len(self.windows)} entries for {self.num_layers} layers")
+        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(f"model.experts_per_token is {self.experts_per_token}; it must be in 1..{self.num_experts}")
+
+    @property
+    def turned(self) -> int:
+        """Dimensions of a head that rotary embeddings turn."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def scale(self) -> float:
+        """What the scores are multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether attention's output map has a bias."""
+        return self.attention_bias if self.output_bias is None else self.output_bias

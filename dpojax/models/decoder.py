@@ -5,20 +5,26 @@ N layers, S cached tokens, T = R L tokens. Layers are stored stacked on a leadin
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from dpojax.models.attention import SAVED, attend
+from dpojax.models.attention import SAVED, Rows, attend
 from dpojax.models.config import ModelConfig
+from dpojax.models.experts import Routing, mix, route, routing_sums
+from dpojax.models.lora import LORA_A, LORA_B, Adapter
+from dpojax.models.quantise import dequantise
+from dpojax.models.rope import rope_angles, rotate
 from dpojax.models.table import layer_rows, logical_axes, model_rows
 
 Params = dict[str, Any]
 
+NO_WINDOW = 2**30  # larger than any distance
 _SAVE = jax.checkpoint_policies
 REMAT = {
     "none": None,
@@ -39,8 +45,10 @@ class Model(NamedTuple):
     """A language model as pure functions of its parameters. Everything outside models/ sees only this."""
 
     init: Callable[[PRNGKeyArray], Params]
-    # (params, tokens, positions, group, branch), [R, L] each -> final hidden states [R, L, D]
+    # (params, tokens, positions, group, branch[, key]), [R, L] each -> final hidden states [R, L, D]; key: of adapters' dropout
     hidden_states: Callable[..., Array]
+    # the same -> (hidden states, experts.Routing summed over tokens and layers); None where there are no experts
+    routed: Callable[..., tuple[Array, Routing]] | None
     # params -> the subtree that `unembed` needs, so that its gradient can be accumulated alone
     head: Callable[[Params], Any]
     # (head, hidden [..., D]) -> float32 logits [..., V]
@@ -54,60 +62,115 @@ class Model(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What attention needs besides the hidden states; the same for every layer."""
+    """What a layer needs besides the hidden states; the same for every layer."""
 
-    cos: Float[Array, "R L E/2"]
-    sin: Float[Array, "R L E/2"]
-    where: tuple[Array, ...]  # training: group and branch; decoding: index and valid
-
-
-def rope_angles(positions: Int[Array, "R L"], *, head_dim: int, theta: float):
-    """Cosine and sine of the rotary angles, [R, L, E/2] each, in float32 (Su et al. 2021)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angles), jnp.sin(angles)
+    angles: tuple[Array, Array]  # cosine and sine, [R, L, Z] each
+    local_angles: tuple[Array, Array] | None  # of windowed layers, where theirs are others
+    where: Any  # training: attention.Rows; decoding: what `decode` knows of the cache
+    real: Bool[Array, "R L"]  # tokens that are not padding
 
 
-def rotate(x: Float[Array, "R L H E"], cos, sin):
-    """Turns the pairs (x_i, x_{i + E/2}), as Hugging Face checkpoints expect, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def normalise(x: Float[Array, "*b D"], scale, bias, *, kind: str, eps: float):
-    """RMSNorm or LayerNorm in float32, back in x's dtype."""
+def normalise(x: Float[Array, "*b D"], scale, bias, *, kind: str, eps: float, offset: bool = False):
+    """RMSNorm or LayerNorm over the dimensions that `scale` has, in float32, back in x's dtype."""
+    axes = tuple(range(-scale.ndim, 0))
     y = x.astype(jnp.float32)
     if kind == "layer":
-        y = y - y.mean(axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        y = y - y.mean(axis=axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+    if offset:  # in float32, as Gemma was trained
+        return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
     # The scale is applied in x's dtype, as Llama checkpoints were trained.
     y = y.astype(x.dtype) * scale
     return y if bias is None else y + bias
 
 
-def block(w: Params, x: Float[Array, "R L D"], context: Context, cache, *, config: ModelConfig, attention):
-    """One pre-norm decoder layer. Returns the new hidden states and what `attention` keeps of (k, v)."""
-    norm = functools.partial(normalise, kind=config.norm, eps=config.norm_eps)
+def _map(w: Params, equation: str, x, name: str, adapter: Adapter | None, key):
+    """A linear map with its bias, and its adapter where there is one: x W + s (x A) B (LoRA, arXiv:2106.09685, Eq. 3)."""
+    y = jnp.einsum(equation, x, w[name])
+    if f"{name}_bias" in w:
+        y = y + w[f"{name}_bias"]
+    if adapter is None or f"{name}{LORA_A}" not in w:
+        return y
+    inputs, out = equation.split("->")
+    inputs, matrix = inputs.split(",")
+    into = "".join(c for c in matrix if c in inputs)
+    if key is not None:  # inverted dropout of the adapter's input alone
+        keep = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), 1 - adapter.dropout, x.shape)
+        x = jnp.where(keep, x / (1 - adapter.dropout), 0).astype(x.dtype)
+    low = jnp.einsum(f"{inputs},{into}Z->TZ", x, w[f"{name}{LORA_A}"])
+    return y + adapter.scale * jnp.einsum(f"TZ,Z{matrix.replace(into, '', 1)}->{out}", low, w[f"{name}{LORA_B}"])
 
-    def project(equation, x, name):
-        y = jnp.einsum(equation, x, w[name])
-        return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
 
+def _attend(w: Params, y, context: Context, window, cache, *, config: ModelConfig, attention, project, norm):
+    """Attention of T normalised tokens: [T, D] -> [T, D], and what `attention` keeps of (k, v)."""
+    q, k, v = (project(f"TD,D{h}E->T{h}E", y, n) for h, n in (("H", "q"), ("K", "k"), ("K", "v")))
+    if config.qk_norm != "none":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    rows = context.real.shape
+    q, k, v = (y.reshape(*rows, *y.shape[1:]) for y in (q, k, v))
+    if config.positions == "rotary":
+        cos, sin = context.angles
+        if context.local_angles is not None:
+            cos, sin = (jnp.where(window < NO_WINDOW, a, b) for a, b in zip(context.local_angles, (cos, sin), strict=True))
+        q, k = (rotate(y, cos, sin, interleaved=config.rope_interleaved) for y in (q, k))
+    y, cache = attention(q * config.scale, k, v, context.where, cache, window, softcap=config.attention_softcap)
+    return project("THE,HED->TD", y.reshape(-1, *y.shape[2:]), "o"), cache
+
+
+def _mlp(w: Params, y, context: Context, *, config: ModelConfig, project, mix) -> tuple[Array, Routing | None]:
+    """The mlp of T normalised tokens, or their experts; with what the router decided."""
+    activation = ACTIVATION[config.activation]
+    if config.num_experts:
+        probabilities, weights, ids = route(
+            jnp.einsum("TD,DX->TX", y, w["router"]), per_token=config.experts_per_token, renormalise=config.renormalise_experts
+        )
+        out = mix(y, weights, ids, w["gate"], w["up"], w["down"], activation=activation)
+        return out.astype(y.dtype), routing_sums(probabilities, ids, context.real.reshape(-1))
+    hidden = activation(project("TD,DF->TF", y, "gate" if config.mlp == "gated" else "up"))
+    if config.mlp == "gated":
+        hidden = hidden * project("TD,DF->TF", y, "up")
+    return project("TF,FD->TD", hidden, "down"), None
+
+
+def block(w: Params, x: Float[Array, "R L D"], context: Context, window, cache, key, *, config: ModelConfig, parts: "Parts"):
+    """One decoder layer. Returns the new hidden states, what attention keeps of (k, v), and what the router decided.
+
+    Args:
+      window: of this layer's attention; None where no layer has one.
+      key: of the adapters' dropout, or None.
+    """
+
+    def norm(x, name):
+        kind = "rms" if name in ("q_norm", "k_norm") else config.norm
+        return normalise(x, w[name], w.get(f"{name}_bias"), kind=kind, eps=config.norm_eps, offset=config.norm_offset)
+
+    project = lambda equation, x, name: _map(w, equation, x, name, parts.adapter, key)
+    attend = functools.partial(
+        _attend, w, config=config, attention=parts.attention, project=project, norm=norm
+    )
+    mlp = functools.partial(_mlp, w, context=context, config=config, project=project, mix=parts.mix)
     # Projections run on T = R L flat tokens: one large matrix product each, which CPUs need to be fast.
     rows = x.shape[:2]
     x = x.reshape(-1, config.hidden_size)
-    y = norm(x, w["attention_norm"], w.get("attention_norm_bias"))
-    q, k, v = (project(f"TD,D{h}E->T{h}E", y, n) for h, n in (("H", "q"), ("K", "k"), ("K", "v")))
-    q, k, v = (y.reshape(*rows, *y.shape[1:]) for y in (q, k, v))
-    q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
-    y, cache = attention(q, k, v, context.where, cache)
-    x = x + project("THE,HED->TD", y.reshape(-1, *y.shape[2:]), "o")
-    y = norm(x, w["mlp_norm"], w.get("mlp_norm_bias"))
-    hidden = ACTIVATION[config.activation](project("TD,DF->TF", y, "gate" if config.mlp == "gated" else "up"))
-    if config.mlp == "gated":
-        hidden = hidden * project("TD,DF->TF", y, "up")
-    return (x + project("TF,FD->TD", hidden, "down")).reshape(*rows, -1), cache
+    before, after = config.norm_placement != "post", config.norm_placement != "pre"
+    normed = norm(x, "attention_norm") if before else x
+    y, cache = attend(normed, context, window, cache)
+    if config.residual != "sequential":
+        z, routing = mlp(normed if config.residual == "parallel_shared" else norm(x, "mlp_norm"))
+        return (x + y + z).reshape(*rows, -1), cache, routing
+    x = x + (norm(y, "attention_post_norm") if after else y)
+    y, routing = mlp(norm(x, "mlp_norm") if before else x)
+    x = x + (norm(y, "mlp_post_norm") if after else y)
+    return x.reshape(*rows, -1), cache, routing
+
+
+class Parts(NamedTuple):
+    """What the decoder is given: how it attends, spreads and adapts."""
+
+    attention: Callable  # (q, k, v, where, cache, window, softcap=) -> (out, cache)
+    mix: Callable  # of experts
+    constrain: Callable
+    adapter: Adapter | None
 
 
 class _Rows(nn.Module):
@@ -118,54 +181,67 @@ class _Rows(nn.Module):
     param_dtype: jnp.dtype
 
     def rows(self, rows) -> Params:
-        std = self.config.init_std
-        init = {
-            "normal": nn.initializers.normal(std),
-            "residual": nn.initializers.normal(std / (2 * self.config.num_layers) ** 0.5),
-            "ones": nn.initializers.ones,
-            "zeros": nn.initializers.zeros,
-        }
-        return {r.name: self.param(r.name, init[r.init], r.shape, self.param_dtype).astype(self.dtype) for r in rows}
+        """The parameters in the dtype of the computation; adapters are there where the tree holds them."""
+        if self.is_initializing():
+            std = self.config.init_std
+            init = {
+                "normal": nn.initializers.normal(std),
+                "residual": nn.initializers.normal(std / (2 * self.config.num_layers) ** 0.5),
+                "ones": nn.initializers.ones,
+                "zeros": nn.initializers.zeros,
+            }
+            return {r.name: self.param(r.name, init[r.init], r.shape, self.param_dtype).astype(self.dtype) for r in rows}
+        names = [r.name for r in rows]
+        names += [f"{r.name}{end}" for r in rows if self.has_variable("params", f"{r.name}{LORA_A}") for end in (LORA_A, LORA_B)]
+        return {name: dequantise(self.get_variable("params", name), self.dtype) for name in names}
 
 
 class _Layer(_Rows):
-    attention: Callable
-    constrain: Callable
+    parts: Parts
 
     @nn.compact
-    def __call__(self, x, context, cache):
+    def __call__(self, x, context, key, window, cache):
         w = self.rows(layer_rows(self.config))
-        x, cache = block(w, x, context, cache, config=self.config, attention=self.attention)
-        return self.constrain(x), cache
+        key = None if key is None else self.make_rng("dropout")
+        x, cache, routing = block(w, x, context, window, cache, key, config=self.config, parts=self.parts)
+        return self.parts.constrain(x), (cache, routing)
 
 
 class _Decoder(_Rows):
-    attention: Callable  # (q, k, v, where, cache) -> (out, cache)
-    constrain: Callable
+    parts: Parts
     remat: str
 
     @nn.compact
-    def __call__(self, tokens, positions, where, cache):
+    def __call__(self, tokens, positions, where, real, cache, key):
         config = self.config
         w = self.rows(model_rows(config))
-        cos, sin = rope_angles(positions, head_dim=config.head_dim, theta=config.rope_theta)
+        angles = functools.partial(rope_angles, positions, pairs=config.turned // 2)
+        own = angles(theta=config.rope_theta, scaling=config.rope_scaling)
+        local = None if config.local_rope_theta is None else angles(theta=config.local_rope_theta, scaling=None)
+        windows = jnp.asarray([w or NO_WINDOW for w in config.windows]) if any(config.windows) else None
         layer: Any = _Layer
         if self.remat != "none":
             layer = nn.remat(_Layer, policy=REMAT[self.remat], prevent_cse=False)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             out_axes=0,
             length=config.num_layers,
         )
-        x = self.constrain(jnp.take(w["embed"], tokens, axis=0))
-        kinds = dict(config=config, dtype=self.dtype, param_dtype=self.param_dtype)
-        layers = layers(**kinds, attention=self.attention, constrain=self.constrain, name="layers")
-        x, cache = layers(x, Context(cos, sin, where), cache)
-        x = normalise(x, w["final_norm"], w.get("final_norm_bias"), kind=config.norm, eps=config.norm_eps)
-        return x, cache
+        x = jnp.take(w["embed"], tokens, axis=0)
+        if config.embed_scale != 1:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        if config.positions == "learned":
+            x = x + jnp.take(w["positions"], positions, axis=0)
+        x = self.parts.constrain(x)
+        layers = layers(config=config, dtype=self.dtype, param_dtype=self.param_dtype, parts=self.parts, name="layers")
+        x, (cache, routing) = layers(x, Context(own, local, where, real), key, windows, cache)
+        x = normalise(
+            x, w["final_norm"], w.get("final_norm_bias"), kind=config.norm, eps=config.norm_eps, offset=config.norm_offset
+        )
+        return x, cache, jax.tree.map(lambda x: x.sum(axis=0), routing)
 
 
 def make_decoder(
@@ -176,65 +252,87 @@ def make_decoder(
     param_dtype: jnp.dtype,
     remat: str,
     constrain: Callable[[Array], Array],
+    mix: Callable[..., Array] = mix,
+    adapter: Adapter | None = None,
 ) -> Model:
     """Builds the decoder that `config` describes.
 
     Args:
       config: sizes and choices.
-      attention: (q, k, v, group, branch) -> out, from `attention.make_attention`.
+      attention: (q, k, v, rows, window, softcap=) -> out, from `attention.make_attention`.
       dtype: of the computation; softmax, norms, rotations and log-probs are float32 throughout.
       param_dtype: of the stored (master) parameters.
       remat: "none", "full" (recompute each layer) or "dots" (keep matrix products and attention).
       constrain: applied to [R, L, D] activations, to keep their rows spread over the mesh.
+      mix: `experts.mix`, or the same spread over a mesh.
+      adapter: how adapters count that the parameters hold (models/lora.py); None: they hold none.
     """
     if remat not in REMAT:
         raise ValueError(f"model.remat is {remat!r}; it must be one of {', '.join(REMAT)}")
 
-    def module(attention):
-        return _Decoder(config, dtype, param_dtype, attention, constrain, remat)
+    def apply(params, tokens, positions, where, real, cache, attention, key=None):
+        parts = Parts(attention, mix, constrain, adapter)
+        rngs = None if key is None else {"dropout": key}
+        decoder = _Decoder(config, dtype, param_dtype, parts, remat)
+        return decoder.apply({"params": params}, tokens, positions, where, real, cache, key, rngs=rngs)
 
-    def apply(params, tokens, positions, where, cache, attention):
-        return module(attention).apply({"params": params}, tokens, positions, where, cache)
+    def train_attention(q, k, v, where, cache, window, *, softcap):
+        return attention(q, k, v, where, window, softcap=softcap), cache
 
-    def train_attention(q, k, v, where, cache):
-        return attention(q, k, v, *where), cache
+    def prefill_attention(q, k, v, where, cache, window, *, softcap):
+        return attention(q, k, v, where, window, softcap=softcap), (k, v)
 
-    def prefill_attention(q, k, v, where, cache):
-        return attention(q, k, v, *where), (k, v)
-
-    def decode_attention(q, k, v, where, cache):
-        index, valid = where
+    def decode_attention(q, k, v, where, cache, window, *, softcap):
+        index, valid, position = where
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
         cache = (update(cache[0], k), update(cache[1], v))
-        return attend(q, *cache, valid[:, None, :]), cache
+        seen = valid
+        if window is not None:  # the cache holds one sequence a row, so that counting gives its positions
+            seen = valid & (position[:, None] - (jnp.cumsum(valid, axis=1) - 1) < window)
+        return attend(q, *cache, seen[:, None, :], softcap=softcap), cache
 
     def init(key):
         one = jnp.zeros((1, 1), jnp.int32)
-        return module(train_attention).init(key, one, one, (one, one), None)["params"]
+        decoder = _Decoder(config, dtype, param_dtype, Parts(train_attention, mix, lambda x: x, None), "none")
+        return decoder.init(key, one, one, Rows(one, one, one), one > 0, None, None)["params"]
 
-    def hidden_states(params, tokens, positions, group, branch):
-        return apply(params, tokens, positions, (group, branch), None, train_attention)[0]
+    def routed(params, tokens, positions, group, branch, key=None):
+        where = Rows(group, branch, positions)
+        x, _, routing = apply(params, tokens, positions, where, group > 0, None, train_attention, key)
+        return x, routing
 
     def prefill(params, tokens, valid):
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         group = valid.astype(jnp.int32)
-        return apply(params, tokens, positions, (group, jnp.zeros_like(group)), None, prefill_attention)
+        where = Rows(group, jnp.zeros_like(group), positions)
+        return apply(params, tokens, positions, where, valid, None, prefill_attention)[:2]
 
     def decode(params, token, position, index, valid, cache):
-        x, cache = apply(params, token[:, None], position[:, None], (index, valid), cache, decode_attention)
+        where = (index, valid, position)
+        x, cache, _ = apply(
+            params, token[:, None], position[:, None], where, jnp.ones_like(valid[:, :1]), cache, decode_attention
+        )
         return x[:, 0], cache
 
+    head_names = ("embed",) if config.tie_embeddings else ("unembed", "unembed_bias") if config.head_bias else ("unembed",)
+
     def head(params):
-        return params["embed"] if config.tie_embeddings else params["unembed"]
+        return {name: params[name] for name in head_names}
 
     def unembed(head, hidden):
         equation = "...D,VD->...V" if config.tie_embeddings else "...D,DV->...V"
+        matrix = dequantise(head[head_names[0]], dtype)
         # float32 out: a log-sum-exp over the vocabulary loses too much in bf16
-        return jnp.einsum(equation, hidden, head.astype(dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
+        if config.head_bias:
+            logits = logits + head["unembed_bias"].astype(jnp.float32)
+        cap = config.logits_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     return Model(
         init=init,
-        hidden_states=hidden_states,
+        hidden_states=lambda *rows, **key: routed(*rows, **key)[0],
+        routed=routed if config.num_experts else None,
         head=head,
         unembed=unembed,
         prefill=prefill,

@@ -1,118 +1,305 @@
 """Hugging Face directories (config.json + safetensors) <-> parameters, without torch or transformers.
 
-Every field of config.json that can change the forward pass is mapped or rejected by name.
+Both ways go tensor by tensor: the host holds a part of one tensor at a time, beside the arrays themselves.
 """
 
+import functools
+import hashlib
 import json
+import math
 import pathlib
-from typing import Any
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors
-from safetensors.flax import save_file
 
 from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
+from dpojax.models.families import FAMILIES, Family, Source, model_config, read_fields
 from dpojax.models.table import ParamRow, layer_rows, model_rows
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-               "relu": "relu"}  # fmt: skip
-# Types of the fields that are read; all others are integers.
-KINDS = {"hidden_act": str, "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool}
-KINDS |= dict.fromkeys(("rms_norm_eps", "rope_theta"), (int, float))
-# Fields that do not change the forward pass of training.
-INERT = {
-    *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"),
-    *("pad_token_id", "_name_or_path", "pretraining_tp", "initializer_range", "unk_token_id", "id2label", "label2id"),
-    *("output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder", "chunk_size_feed_forward"),
-    *("problem_type", "tokenizer_class", "model_type", "_attn_implementation", "auto_map", "num_labels"),
-}
-# Fields that must have these values: anything else would change the forward pass.
-NEUTRAL = {"rope_scaling": (None,), "attention_dropout": (0, 0.0), "sliding_window": (None,), "partial_rotary_factor": (1, 1.0)}
+INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "checksums.json"
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+PART_BYTES = 4 << 20  # of a tensor that is copied at a time
+# What lies beside the weights and goes on unchanged from an import to an export.
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model"),
+)
 
 
-def read_config(folder: pathlib.Path) -> ModelConfig:
-    """The decoder that a directory's config.json describes.
+def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:
+    """The decoder that a directory's config.json describes; see `families.model_config`."""
+    return model_config(read_fields(folder), folder / "config.json", ignore)
 
-    Raises: ConfigError for a missing or damaged file, another family, or a field that is not known to be harmless.
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def _open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, mapped into memory and not read. Raises ConfigError for a damaged file.
+
+    By hand, because the library cannot hand out a part of a bf16 tensor without a copy of it on a device.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.init={str(folder)!r}: there is no config.json in it")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    family = fields.get("model_type") if isinstance(fields, dict) else None
-    if family != "llama":
-        raise ConfigError(f"{path}: model_type is {family!r}; this version reads 'llama'")
-    taken = set()
-
-    def take(name, *, default=None):
-        taken.add(name)
-        value = fields.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"{path}: the field {name!r} is missing")
-        kind = KINDS.get(name, int)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{path}: {name} is {value!r}, of type {type(value).__name__}")
-        return value
-
-    rope = fields.get("rope_parameters")  # the spelling of transformers 5
-    taken.add("rope_parameters")
-    if rope is not None:
-        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-        if not isinstance(theta, int | float):
-            raise ConfigError(f"{path}: rope_parameters is {rope!r}; it must hold a number rope_theta")
-        unknown = {k: v for k, v in rope.items() if k != "rope_theta" and (k, v) != ("rope_type", "default")}
-        if unknown:
-            raise ConfigError(f"{path}: rope_parameters has {unknown}, which this version does not compute")
-        taken.add("rope_theta")
-    else:
-        theta = take("rope_theta", default=10000.0)  # the value of transformers' LlamaConfig
-    activation = take("hidden_act")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"{path}: hidden_act is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    heads, hidden = take("num_attention_heads"), take("hidden_size")
-    try:
-        config = ModelConfig(
-            vocab_size=take("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=take("intermediate_size"),
-            num_layers=take("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=take("num_key_value_heads", default=heads),
-            head_dim=take("head_dim", default=hidden // heads),
-            norm="rms",
-            norm_eps=take("rms_norm_eps"),
-            mlp="gated",
-            activation=ACTIVATIONS[activation],
-            rope_theta=float(theta),
-            tie_embeddings=take("tie_word_embeddings", default=False),
-            attention_bias=take("attention_bias", default=False),
-            mlp_bias=take("mlp_bias", default=False),
-            max_positions=take("max_position_embeddings"),
-            init_std=float(fields.get("initializer_range") or 0.02),  # not used: the weights are loaded
-        )
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size, 100 << 20):
+                raise ValueError("the header is damaged")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if dtype not in DTYPES:
+                raise ConfigError(f"{path}: {name} is of type {dtype}; weights are {', '.join(DTYPES)}")
+            if end + 8 + length > size or end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+                raise ValueError(f"{name} is not whole")
+            # A tensor of no elements cannot be mapped.
+            empty = np.zeros(shape, DTYPES[dtype])
+            found[name] = empty if start == end else np.memmap(path, DTYPES[dtype], "r", 8 + length + start, shape)
     except ConfigError:
         raise
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    for name, value in fields.items():
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise ConfigError(f"{path}: {name} is {value!r}, which this version does not compute")
-        if name not in taken and name not in INERT and name not in NEUTRAL:
-            raise ConfigError(f"{path}: the field {name!r} ({value!r}) is not known; it might change the forward pass")
-    return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+    return found
 
 
-def write_config(config: ModelConfig, *, bos_id: int | None, eos_id: int | None, dtype: str) -> dict[str, Any]:
-    """The config.json of an export. Raises ConfigError for a decoder that Llama cannot express."""
-    if config.norm != "rms" or config.mlp != "gated":
+class Tensors(Protocol):
+    """Named tensors of a checkpoint, read when they are asked for."""
+
+    def names(self) -> Collection[str]: ...
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
+
+
+class Directory:
+    """The tensors of a directory: one safetensors file, or several with an index."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, index = folder, folder / INDEX
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{index}: not an index of safetensors files ({error})") from error
+            for name in files:
+                if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+                    raise ConfigError(f"{index}: {name!r} is not the plain name of a safetensors file")
+        elif (folder / SINGLE).is_file():
+            files = [SINGLE]
+        else:
+            raise ConfigError(f"model.init={str(folder)!r}: it holds no {SINGLE} (and no index of several)")
+        self.tensors: dict[str, np.ndarray] = {}
+        for name in files:
+            self.tensors |= _open_safetensors(folder / name)
+
+    def names(self) -> Collection[str]:
+        return self.tensors
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Raises ConfigError if the tensor is missing or of another shape."""
+        if name not in self.tensors:
+            raise ConfigError(f"{self.folder}: the tensor {name!r} is missing")
+        tensor = self.tensors[name]
+        if tensor.shape != shape:
+            raise ConfigError(f"{self.folder}: {name} has the shape {tensor.shape}; config.json makes it {shape}")
+        return tensor
+
+
+# --- a parameter and its tensor ---------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in a tensor."""
+
+    name: str  # with {i} and {e}
+    shape: tuple[int, ...]  # of the tensor
+    groups: int  # the outputs are this many groups (heads), in each of which
+    start: int  # the parameter stands from here
+    stop: int
+    of: int  # out of so many
+    inputs: int  # 0: the tensor has outputs alone
+    transposed: bool
+
+    def outputs_first(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter's part of a tensor, as a view [outputs, inputs] or [outputs]."""
+        if self.inputs and not self.transposed:
+            tensor = tensor.T
+        grouped = tensor.reshape(self.groups, self.of, *tensor.shape[1:])
+        part = grouped[:, self.start : self.stop]
+        # A part of every group is no view; a part of the whole is.
+        return part[0] if self.groups == 1 else part.reshape(-1, *tensor.shape[1:])
+
+
+def _sizes(row: ParamRow) -> tuple[int, int]:
+    """(inputs, outputs) of a row's tensor; inputs 0 where it is no linear map."""
+    if not row.in_dims:
+        return 0, math.prod(row.shape)
+    inputs, outputs = row.map_shape
+    return math.prod(inputs), math.prod(outputs)
+
+
+def place(row: ParamRow, rows: Mapping[str, ParamRow], family: Family) -> Place:
+    """Where `row` lies in a checkpoint of the family; `rows` are all rows by name."""
+    ends = "_bias" if row.name.endswith("_bias") else ""
+    source: Source = family.names[row.name.removesuffix(ends) if ends else row.name]
+    name = source.name + (".bias" if ends else ".weight")
+    inputs, outputs = _sizes(row)
+    if not row.in_dims and len(row.shape) > 1 and row.axes[-1] == "embed":  # a table: rows by position, as it is
+        return Place(name, row.shape, 1, 0, row.shape[0], row.shape[0], row.shape[1], True)
+    parts = source.parts or (row.name.removesuffix(ends) if ends else row.name,)
+    groups = rows["q"].shape[1] if source.per_head else 1
+    sizes = {p: _sizes(rows[p + ends])[1] // groups for p in parts}
+    start = sum(list(sizes.values())[: parts.index(row.name.removesuffix(ends) if ends else row.name)])
+    whole = sum(sizes.values())
+    shape = (whole * groups,) if not inputs else (whole * groups, inputs) if source.transposed else (inputs, whole * groups)
+    return Place(name, shape, groups, start, start + outputs // groups, whole, inputs, source.transposed)
+
+
+def places(config: ModelConfig) -> tuple[list[tuple[ParamRow, Place]], list[tuple[ParamRow, Place]]]:
+    """Every parameter with its place: (those outside the layers, those of a layer)."""
+    outside, layer = model_rows(config), layer_rows(config)
+    rows, family = {r.name: r for r in (*outside, *layer)}, FAMILIES[config.family]
+    return [(r, place(r, rows, family)) for r in outside], [(r, place(r, rows, family)) for r in layer]
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_in_place(buffer, part, start):
+    return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), start)
+
+
+class _Filler:
+    """One parameter's shards on this process's devices, filled part by part."""
+
+    def __init__(self, shape: tuple[int, ...], sharding, dtype):
+        self.shape, self.sharding = shape, sharding
+        self.ranges, self.buffers = {}, {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            own = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+            self.ranges[device] = own
+            self.buffers[device] = jnp.zeros(tuple(map(len, own)), dtype, device=device)
+
+    def put(self, lead: tuple[int, ...], value: np.ndarray) -> None:
+        """Writes `value`, a view of the parameter at the leading indices `lead` (layer, expert)."""
+        for device, own in self.ranges.items():
+            if not all(i in r for i, r in zip(lead, own, strict=False)):
+                continue
+            start = [i - r.start for i, r in zip(lead, own, strict=False)]
+            mine = value[tuple(slice(r.start, r.stop) for r in own[len(lead) :])]
+            rows = max(1, PART_BYTES // max(1, mine[:1].nbytes))
+            for first in range(0, len(mine), rows):
+                part = np.ascontiguousarray(mine[first : first + rows])
+                part = jax.device_put(part.reshape((1,) * len(lead) + part.shape), device)
+                place = (*start, first, *[0] * (mine.ndim - 1))
+                self.buffers[device] = jax.block_until_ready(_write_in_place(self.buffers[device], part, place))
+
+    def array(self) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(self.buffers.values()))
+
+
+def _shaped(row: ParamRow, part: np.ndarray) -> np.ndarray:
+    """A tensor's part, [outputs, inputs] or [outputs], in the row's dimensions: a view where it is one piece."""
+    if not row.in_dims:
+        return part.reshape(row.shape)
+    inputs, outputs = row.map_shape
+    shaped = part.reshape(*outputs, *inputs)
+    return shaped.transpose(*range(len(outputs), shaped.ndim), *range(len(outputs)))
+
+
+def load_params(
+    source: pathlib.Path | Tensors,
+    config: ModelConfig,
+    shardings: Any,
+    dtype: Any,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Any:
+    """Reads weights straight into their sharded arrays, part by part of one tensor at a time.
+
+    Args:
+      source: a directory, or tensors of another origin.
+      shardings: tree of NamedShardings, shaped like the parameters.
+      dtype: of the resulting parameters.
+      progress: called with the number of tensors read so far.
+    Raises: ConfigError for missing, extra, misshapen or damaged tensors.
+    """
+    tensors = Directory(source) if isinstance(source, pathlib.Path) else source
+    if isinstance(source, pathlib.Path):
+        verify_checksums(source)
+    names, read = set(tensors.names()), set()
+    outside, layer = places(config)
+    by_name = {r.name: p for r, p in outside}
+    head = FAMILIES[config.family].names["unembed"].name + ".weight"
+
+    def get(name: str, shape) -> np.ndarray:
+        if name == by_name["embed"].name and name not in names and config.tie_embeddings and head in names:
+            name = head  # the one table may stand under either name, or under both
+        # Files of the bare model lack the first word of the names ("model." or "transformer.").
+        bare = name.split(".", 1)[-1]
+        found = name if name in names or bare not in names else bare
+        read.add(found)
+        return tensors.get(found, shape)
+
+    if config.tie_embeddings:
+        read.add(head)
+    done = 0
+
+    def load(row: ParamRow, at: Place, sharding, layers: int | None) -> jax.Array:
+        nonlocal done
+        filler = _Filler(row.shape if layers is None else (layers, *row.shape), sharding, dtype)
+        for i in range(layers or 1):
+            for e in range(row.experts or 1):
+                part = at.outputs_first(get(at.name.format(i=i, e=e), at.shape))
+                lead = (() if layers is None else (i,)) + ((e,) if row.experts else ())
+                filler.put(lead, _shaped(row, part))
+                done += 1
+                progress(done)
+        return filler.array()
+
+    params: dict[str, Any] = {r.name: load(r, p, shardings[r.name], None) for r, p in outside}
+    params["layers"] = {r.name: load(r, p, shardings["layers"][r.name], config.num_layers) for r, p in layer}
+    extra = {n for n in names - read if not n.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
+                                                         "attention.bias", "attention.masked_bias"))}  # fmt: skip
+    if extra:
+        raise ConfigError(f"{source}: the tensors {', '.join(sorted(extra)[:3])} belong to no parameter of this model")
+    return params
+
+
+def verify_checksums(folder: pathlib.Path) -> None:
+    """Compares the files with checksums.json, where an export left one. Raises ConfigError naming the first that changed."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return
+    try:
+        noted = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a table of checksums ({error})") from error
+    for name, digest in noted.items():
+        file = folder / pathlib.PurePath(name).name
+        if not file.is_file() or _digest(file) != digest:
+            raise ConfigError(f"{file}: its bytes are not those that were exported; if that is meant, remove {path}")
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def llama_fields(config: ModelConfig, *, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """A config.json for a decoder that was made here. Raises ConfigError for one that Llama cannot express."""
+    if config.norm != "rms" or config.mlp != "gated" or config.family != "llama":
         raise ConfigError(f"export: Llama has norm='rms' and mlp='gated', not {config.norm!r} and {config.mlp!r}")
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -135,128 +322,145 @@ def write_config(config: ModelConfig, *, bos_id: int | None, eos_id: int | None,
         "attention_dropout": 0.0,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        "torch_dtype": dtype,
     }
 
 
-def _from_hf(row: ParamRow, tensor: np.ndarray) -> np.ndarray:
-    """A checkpoint's tensor in the shape of the table's row (a view)."""
-    return (tensor.T if row.in_dims else tensor).reshape(row.shape)
+def _fetch(array: jax.Array, index: tuple[int, ...], dtype) -> np.ndarray:
+    """array[index] on the host, whole, of an array that is spread over devices and processes."""
+    part = array
+    if index:
+        part = _at(array, index)
+    if not part.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part).astype(dtype)
 
 
-def _to_hf(row: ParamRow, array: np.ndarray) -> np.ndarray:
-    if not row.in_dims:
-        return array
-    inputs = int(np.prod(row.shape[: row.in_dims]))
-    return np.ascontiguousarray(array.reshape(inputs, -1).T)
+@jax.jit
+def _at(array, index):
+    return array[tuple(index)]
 
 
-class _Tensors:
-    """The tensors of a directory by name: one safetensors file, or several with an index."""
+def _tensors_of(params: Any, config: ModelConfig, dtype) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """(name, shape, how to get it) of every tensor of an export, in the order of the table."""
+    outside, layer = places(config)
 
-    def __init__(self, folder: pathlib.Path):
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{index}: not an index of safetensors files ({error})") from error
-            for name in set(names.values()):
-                if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                    raise ConfigError(f"{index}: {name!r} is not the plain name of a safetensors file")
-        elif (folder / "model.safetensors").is_file():
-            names = None
-        else:
-            raise ConfigError(f"model.init={str(folder)!r}: it holds no model.safetensors (and no index of several)")
-        self.files = {}
-        for name in sorted(set(names.values())) if names else ["model.safetensors"]:
-            try:
-                self.files[name] = safetensors.safe_open(folder / name, framework="flax")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ConfigError(f"{folder / name}: not a whole safetensors file ({error})") from error
-        self.where = {key: name for name, file in self.files.items() for key in file.keys()}  # noqa: SIM118
-        self.folder = folder
-        self.read: set[str] = set()
-        self.alias: dict[str, str] = {}  # the name that is asked for -> the name in the file
+    def whole(members: list[tuple[ParamRow, Place]], tree: Any, lead: tuple[int, ...]) -> np.ndarray:
+        at = members[0][1]
+        parts = []
+        for row, _ in members:
+            own = _fetch(tree[row.name], lead, dtype)
+            inputs, outputs = _sizes(row)
+            flat = own.reshape(inputs, outputs).T if row.in_dims else own.reshape(at.shape if at.inputs else (outputs,))
+            parts.append(flat.reshape(at.groups, -1, *flat.shape[1:]))
+        joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        joined = joined.reshape(-1, *joined.shape[2:])
+        return np.ascontiguousarray(joined if at.transposed or not at.inputs else joined.T).reshape(at.shape)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in self.where:
-            raise ConfigError(f"{self.folder}: the tensor {name!r} is missing")
-        self.read.add(name)
-        tensor = np.asarray(self.files[self.where[name]].get_tensor(self.alias.get(name, name)))
-        if tensor.shape != shape:
-            raise ConfigError(f"{self.folder}: {name} has the shape {tensor.shape}; config.json makes it {shape}")
-        if tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
-            raise ConfigError(f"{self.folder}: {name} is of type {tensor.dtype}; weights are floating point")
-        return tensor
+    def by_tensor(pairs):
+        grouped: dict[str, list[tuple[ParamRow, Place]]] = {}
+        for row, at in pairs:
+            grouped.setdefault(at.name, []).append((row, at))
+        return [sorted(members, key=lambda m: m[1].start) for members in grouped.values()]
+
+    for members in by_tensor(outside):
+        yield members[0][1].name, members[0][1].shape, lambda m=members: whole(m, params, ())
+    for i in range(config.num_layers):
+        for members in by_tensor(layer):
+            row, at = members[0]
+            for e in range(row.experts or 1):
+                lead = (i, e) if row.experts else (i,)
+                yield at.name.format(i=i, e=e), at.shape, lambda m=members, lead=lead: whole(m, params["layers"], lead)
 
 
-def _hf_shape(row: ParamRow) -> tuple[int, ...]:
-    if not row.in_dims:
-        return (int(np.prod(row.shape)),) if row.hf_name.endswith("bias") else row.shape
-    return int(np.prod(row.shape[row.in_dims :])), int(np.prod(row.shape[: row.in_dims]))
+def _write_safetensors(path: pathlib.Path, tensors, dtype: np.dtype, write: bool) -> dict[str, str]:
+    """One file, tensor by tensor; returns the file's checksum by its name. All processes fetch, one writes."""
+    code = {np.dtype(v): k for k, v in DTYPES.items()}[dtype]
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape, _ in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    temporary = path.with_suffix(".tmp")
+    file = temporary.open("wb") if write else None
+
+    def out(data: bytes | memoryview) -> None:
+        if file is not None:
+            digest.update(data)
+            file.write(data)
+
+    out(len(text).to_bytes(8, "little") + text)
+    for _, _, get in tensors:
+        out(memoryview(get().view(np.uint8)).cast("B"))
+    if file is not None:
+        file.close()
+        temporary.replace(path)
+    return {path.name: digest.hexdigest()}
 
 
-def load_params(folder: pathlib.Path, config: ModelConfig, shardings: Any, dtype: Any) -> Any:
-    """Reads a directory's weights straight into their sharded arrays, tensor by tensor.
-
-    The host holds one tensor and the local shards of one parameter at a time.
+def export_params(
+    params: Any,
+    config: ModelConfig,
+    folder: pathlib.Path,
+    *,
+    fields: dict[str, Any],
+    dtype: Any,
+    companions: pathlib.Path | None,
+    write: bool = True,
+    max_shard_bytes: int = 5 << 30,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Writes a Hugging Face directory that transformers opens: config.json, safetensors, and what lies beside them.
 
     Args:
-      shardings: tree of NamedShardings, shaped like the parameters.
-      dtype: of the resulting parameters.
-    Raises: ConfigError for missing, extra, misshapen or damaged tensors.
+      fields: of config.json: those of the checkpoint that the model came from, or `llama_fields`.
+      dtype: of the weights on disk.
+      companions: directory whose tokenizer files and generation_config.json go with it, or None.
+      write: whether this process writes (one does; all take part in fetching).
+      max_shard_bytes: a larger model gets several files and an index.
+      progress: called with the number of tensors written so far.
     """
-    tensors = _Tensors(folder)
-    embed, lm_head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_embeddings:  # the one table may stand under either name, or under both
-        tensors.read.add(lm_head)
-        if embed not in tensors.where and lm_head in tensors.where:
-            tensors.where[embed] = tensors.where[lm_head]
-            tensors.alias[embed] = lm_head
+    dtype = np.dtype(dtype)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    done = 0
 
-    def load(row: ParamRow, sharding, layers: int | None):
-        shape = row.shape if layers is None else (layers, *row.shape)
-        index_of = sharding.addressable_devices_indices_map(shape)
-        keys = {device: str(index) for device, index in index_of.items()}
-        indexes = {keys[device]: index for device, index in index_of.items()}
-        buffers = {}
-        for key, index in indexes.items():
-            size = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            buffers[key] = np.empty(size, dtype)
-        for i in range(layers or 1):
-            tensor = _from_hf(row, tensors.get(row.hf_name.format(i=i), _hf_shape(row)))
-            for key, index in indexes.items():
-                if layers is None:
-                    buffers[key][...] = tensor[index]
-                else:
-                    own = range(*index[0].indices(layers))
-                    if i in own:
-                        buffers[key][i - own.start] = tensor[index[1:]]
-        return jax.make_array_from_callback(shape, sharding, lambda index: buffers[str(index)])
+    def counted(get):
+        def fetch():
+            nonlocal done
+            done += 1
+            progress(done)
+            return get()
 
-    params: dict[str, Any] = {row.name: load(row, shardings[row.name], None) for row in model_rows(config)}
-    params["layers"] = {row.name: load(row, shardings["layers"][row.name], config.num_layers) for row in layer_rows(config)}
-    extra = {n for n in tensors.where if n not in tensors.read and "rotary_emb.inv_freq" not in n}
-    if extra:
-        raise ConfigError(f"{folder}: the tensors {', '.join(sorted(extra)[:3])} belong to no parameter of this model")
-    return params
+        return fetch
 
-
-def export_params(params: Any, config: ModelConfig, folder: pathlib.Path, *, bos_id, eos_id, tokenizer) -> None:
-    """Writes a Hugging Face directory that transformers opens: config.json, model.safetensors, tokenizer files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for row in model_rows(config):
-        tensors[row.hf_name] = _to_hf(row, np.asarray(jax.device_get(params[row.name])))
-    for row in layer_rows(config):
-        stacked = np.asarray(jax.device_get(params["layers"][row.name]))
-        for i in range(config.num_layers):
-            tensor = _to_hf(row, stacked[i])
-            tensors[row.hf_name.format(i=i)] = tensor.reshape(_hf_shape(row))
-    dtype = params["embed"].dtype.name
-    fields = write_config(config, bos_id=bos_id, eos_id=eos_id, dtype=dtype)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    shards: list[list] = [[]]
+    size = 0
+    for name, shape, get in _tensors_of(params, config, dtype):
+        own = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + own > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape, counted(get)))
+        size += own
+    many = len(shards) > 1
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if many else [SINGLE]
+    checksums: dict[str, str] = {}
+    for name, tensors in zip(files, shards, strict=True):
+        checksums |= _write_safetensors(folder / name, tensors, dtype, write)
+    if not write:
+        return
+    if many:
+        where = {name: file for file, tensors in zip(files, shards, strict=True) for name, _, _ in tensors}
+        total = sum(math.prod(shape) * dtype.itemsize for tensors in shards for _, shape, _ in tensors)
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    fields = {k: v for k, v in fields.items() if k not in ("torch_dtype", "dtype")} | {"torch_dtype": dtype.name}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in COMPANIONS if companions is not None else ():
+        if (companions / name).is_file() and (companions / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(companions / name, folder / name)
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
