@@ -68,6 +68,8 @@ def default() -> ConfigDict:
     c.model.attention = "auto"
     c.model.remat = "dots"  # none, dots (keep matrix products and attention), full (keep a layer's input)
     c.model.logps_chunk_tokens = 256  # logits exist for this many tokens at a time
+    c.model.router_loss_weight = 0.0  # of a mixture of experts' load-balancing loss
+    c.model.ignore_fields = ""  # fields of model.init's config.json that are known not to matter, comma-separated
     # Sizes of random weights; model.init brings its own.
     c.model.hidden_size = 128
     c.model.intermediate_size = 352
@@ -115,9 +117,17 @@ def default() -> ConfigDict:
     c.loss.extra = ConfigDict()  # settings of your own function that are not above
 
     c.reference = ConfigDict()
-    c.reference.mode = "auto"  # live, cached, none; auto: none where the objective takes no reference, else live
-    c.reference.dtype = ""  # of the live tree; "": model.param_dtype
+    c.reference.mode = "auto"  # live, cached, adapter (LoRA's base), none; auto: what the objective and lora.rank ask for
+    c.reference.dtype = ""  # of the live tree: float32, bfloat16, int8, fp8, nf4; "": model.param_dtype
+    c.reference.memory = "device"  # or pinned_host: the live tree lies in the host's memory, and a layer at a time comes over
     c.reference.rules = ConfigDict()  # its own sharding; empty: mesh.rules
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0: all parameters are trained; else adapters alone, and the base without them is the reference
+    c.lora.alpha = 16.0  # an adapter counts alpha / rank
+    c.lora.dropout = 0.0
+    c.lora.targets = "*"  # patterns of the layers' linear maps, comma-separated: q, k, v, o, gate, up, down
+    c.lora.base_dtype = ""  # of the frozen base: float32, bfloat16, int8, fp8, nf4 (QLoRA); "": model.param_dtype
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # rmsprop, adafactor, lion
@@ -138,7 +148,9 @@ def default() -> ConfigDict:
     c.mesh.tensor = 1
     # logical axis -> mesh axis; "" keeps it whole
     c.mesh.rules = ConfigDict(
-        dict(vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="")
+        dict(
+            vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="", experts="tensor"
+        )
     )
 
     c.checkpoint = ConfigDict()

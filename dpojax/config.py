@@ -19,7 +19,11 @@ import ml_collections
 from dpojax.errors import ConfigError
 from dpojax.objectives import Loss, make_loss
 
-LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers")
+LOGICAL_AXES = (
+    *("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers", "positions", "experts", "router", "lora"),
+)
+QUANTISED = ("int8", "fp8", "nf4")
+STORED = ("", "float32", "bfloat16", *QUANTISED)  # what a frozen tree may be stored in; "": model.param_dtype
 # The moments and eps that each optimizer has, as published or as the common implementations set them: what optim.* means unset.
 OPTIMIZERS: dict[str, dict[str, float]] = {
     "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},  # Loshchilov & Hutter 2019
@@ -66,6 +70,8 @@ class ModelSection:
     attention: str
     remat: str
     logps_chunk_tokens: int
+    router_loss_weight: float  # of the load-balancing loss of a mixture of experts; 0 = none
+    ignore_fields: str  # comma-separated fields of config.json that are known not to matter
     hidden_size: int | None
     intermediate_size: int | None
     num_layers: int | None
@@ -125,11 +131,23 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that are trained in the preference stage, in place of the parameters."""
+
+    rank: int  # 0 = none: all parameters are trained
+    alpha: float  # an adapter counts alpha / rank
+    dropout: float  # of the adapters' input, in training
+    targets: str  # comma-separated patterns of the layers' linear maps: q, k, v, o, gate, up, down
+    base_dtype: str  # of the frozen base: float32, bfloat16, int8, fp8, nf4 (QLoRA); "" = model.param_dtype
+
+
+@dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
     """Where the reference log-probs come from."""
 
-    mode: str  # live, cached, none, or auto: none where the objective takes no reference, else live
-    dtype: str  # of the live tree; "" = model.param_dtype
+    mode: str  # live, cached, adapter, none; auto: none where the objective takes none, adapter under LoRA, else live
+    dtype: str  # of the live tree: float32, bfloat16, int8, fp8, nf4; "" = model.param_dtype
+    memory: str  # where the live tree lies: device or pinned_host
     rules: dict[str, str]  # logical axis -> mesh axis, its own; empty = mesh.rules
 
 
@@ -209,6 +227,7 @@ class Config:
     sft: SftConfig
     loss: LossConfig
     reference: ReferenceConfig
+    lora: LoraConfig
     optim: OptimConfig
     mesh: MeshConfig
     checkpoint: CheckpointConfig
@@ -216,10 +235,23 @@ class Config:
 
 
 def resolved_mode(config: Config) -> str:
-    """reference.mode: live, cached or none; auto is none where the objective takes no reference."""
+    """reference.mode: live, cached, adapter or none; auto is none where the objective takes no reference."""
     if config.reference.mode != "auto":
         return config.reference.mode
-    return "live" if config.loss.make().uses_reference else "none"
+    if not config.loss.make().uses_reference:
+        return "none"
+    return "adapter" if config.lora.rank else "live"
+
+
+def frozen_dtype(config: Config) -> str:
+    """What the reference's parameters are stored in."""
+    of_base = config.lora.rank and resolved_mode(config) != "live"
+    return (config.lora.base_dtype if of_base else config.reference.dtype) or config.model.param_dtype
+
+
+def bound_dtype(config: Config) -> str:
+    """Whose rounding a comparison of log-probs must allow for: float32 or bfloat16."""
+    return "float32" if (config.model.dtype, config.model.param_dtype) == ("float32", "float32") else "bfloat16"
 
 
 def _convert(value, kind, field: str):
@@ -283,8 +315,10 @@ def _validate(config: Config) -> None:
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
         "model.attention": (config.model.attention, ("auto", "xla", "full")),
         "model.remat": (config.model.remat, ("none", "full", "dots")),
-        "reference.mode": (config.reference.mode, ("auto", "live", "cached", "none")),
-        "reference.dtype": (config.reference.dtype, ("", "float32", "bfloat16")),
+        "reference.mode": (config.reference.mode, ("auto", "live", "cached", "adapter", "none")),
+        "reference.dtype": (config.reference.dtype, STORED),
+        "reference.memory": (config.reference.memory, ("device", "pinned_host")),
+        "lora.base_dtype": (config.lora.base_dtype, STORED),
         "optim.name": (config.optim.name, tuple(OPTIMIZERS)),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
         "sft.schedule": (config.sft.schedule, ("constant", "linear", "cosine")),
@@ -307,6 +341,7 @@ def _validate(config: Config) -> None:
         "data.eval_max_pairs": (config.data.eval_max_pairs, 0),
         "data.workers": (config.data.workers, 0),
         "model.logps_chunk_tokens": (config.model.logps_chunk_tokens, 1),
+        "lora.rank": (config.lora.rank, 0),
         "sft.num_steps": (config.sft.num_steps, 0),
         "sft.steps_from_random": (config.sft.steps_from_random, 0),
         "sft.batch_size": (config.sft.batch_size, 1),
@@ -364,13 +399,35 @@ def _validate_loss(config: Config) -> None:
     flips = config.data.flip_labels
     if loss.needs("scores"):
         _require(flips == 0, "data.flip_labels", flips, f"0: a flipped pair has no score margin for {loss.name}")
+    _validate_lora(config, moving=loss.moving is not None)
     mode = config.reference.mode
     if loss.needs_live_reference:
         _require(
-            mode in ("auto", "live"), "reference.mode", mode, f"'live' or 'auto': {loss.name} needs the reference's parameters"
+            mode in ("auto", "live", "adapter"),
+            "reference.mode",
+            mode,
+            f"'live' or 'auto': {loss.name} needs the reference's parameters",
         )
     if loss.uses_reference:
         _require(mode != "none", "reference.mode", mode, f"'live', 'cached' or 'auto': {loss.name} needs a reference")
+
+
+def _validate_lora(config: Config, *, moving: bool) -> None:
+    """Adapters and what they leave to the reference."""
+    lora, reference = config.lora, config.reference
+    weight = config.model.router_loss_weight
+    _require(math.isfinite(weight) and weight >= 0, "model.router_loss_weight", weight, "a finite number >= 0")
+    if not lora.rank:
+        _require(reference.mode != "adapter", "reference.mode", "adapter", "another one: lora.rank is 0, there is no base")
+        _require(not lora.base_dtype, "lora.base_dtype", lora.base_dtype, "'': lora.rank is 0, there is no frozen base")
+        return
+    _require(math.isfinite(lora.alpha) and lora.alpha > 0, "lora.alpha", lora.alpha, "a finite number > 0")
+    _require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "in [0, 1)")
+    _require(not moving, "lora.rank", lora.rank, f"0: {config.loss.name} moves its reference, and the base is frozen")
+    if resolved_mode(config) == "adapter":
+        _require(not reference.dtype, "reference.dtype", reference.dtype, "'': the reference is the base, in lora.base_dtype")
+        _require(reference.memory == "device", "reference.memory", reference.memory, "'device': the reference is the base")
+        _require(not reference.rules, "reference.rules", reference.rules, "empty: the reference is the base")
 
 
 def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset[str] = frozenset()) -> Config:

@@ -35,7 +35,8 @@ def token_flops(config: ModelConfig, *, passes: int) -> TokenFlops:
     Args:
       passes: forward passes' worth of work: 3 for a forward and backward pass, 1 more for a live reference.
     """
-    matrices = sum(math.prod(row.shape) for row in layer_rows(config) if row.in_dims)
+    share = config.experts_per_token / config.num_experts if config.num_experts else 1.0  # of its experts that a token meets
+    matrices = sum(math.prod(row.shape) * (share if row.experts else 1) for row in layer_rows(config) if row.in_dims)
     head = config.hidden_size * config.vocab_size
     return TokenFlops(2.0 * passes * config.num_layers * matrices, 2.0 * passes * head)
 

@@ -1,49 +1,49 @@
 """config.model -> the policy's model, and its parameters before training, in their shardings."""
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dpojax import sharding
-from dpojax.checkpoint import Checkpoints, newest_step
-from dpojax.config import SIZES
+from dpojax.config import QUANTISED, SIZES
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
-from dpojax.models import Model, ModelConfig, hf, make_decoder
+from dpojax.models import Model, ModelConfig, hf, lora, make_decoder
 from dpojax.models.attention import make_attention
+from dpojax.models.quantise import quantise_params
 from dpojax.models.table import num_params
+from dpojax.weights import Weights, open_weights
 
 
 class Policy(NamedTuple):
-    """The model of a run and where its parameters lie."""
+    """The model of a run, and where its trained parameters lie: all of them, or adapters (`adapted`)."""
 
     model: Model
     config: ModelConfig
-    abstract: Any  # ShapeDtypeStructs of the parameters
+    abstract: Any  # ShapeDtypeStructs of the trained parameters
     shardings: Any
-    source: pathlib.Path | None  # Hugging Face directory or checkpoint step to start from
+    axes: Any  # their logical axes
+    weights: Weights | None  # what they start from; None: random
 
 
-def _find_source(job: Job, data: Data) -> tuple[pathlib.Path | None, ModelConfig]:
+def _open_weights(job: Job, data: Data) -> tuple[Weights | None, ModelConfig]:
     """Where the parameters come from, and what decoder they belong to."""
     section = job.config.model
-    if not section.init:
-        assert data.tokenizer is not None
-        try:
-            return None, ModelConfig(vocab_size=data.tokenizer.vocab_size, **{s: getattr(section, s) for s in SIZES})
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    folder = pathlib.Path(section.init)
-    if "\0" in section.init or not folder.is_dir():
-        raise ConfigError(f"model.init={section.init!r}: there is no such folder")
-    if (folder / "config.json").is_file():
-        return folder, hf.read_config(folder)
-    if (step := newest_step(folder)) is not None:
-        return step, ModelConfig(**Checkpoints(step.parent, keep=10**6).meta(int(step.name))["model"])
-    raise ConfigError(f"model.init={section.init!r}: neither a Hugging Face directory nor a dpojax checkpoint")
+    if section.init:
+        found = open_weights(section.init, ignore=ignored_fields(section.ignore_fields))
+        return found, found.config
+    assert data.tokenizer is not None
+    try:
+        return None, ModelConfig(vocab_size=data.tokenizer.vocab_size, **{s: getattr(section, s) for s in SIZES})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def ignored_fields(names: str) -> frozenset[str]:
+    """model.ignore_fields as names."""
+    return frozenset(n.strip() for n in names.split(",") if n.strip())
 
 
 def open_policy(job: Job, data: Data) -> Policy:
@@ -52,7 +52,7 @@ def open_policy(job: Job, data: Data) -> Policy:
     Raises: ConfigError if there is no such model, or it does not belong to the tokenizer or the token ids.
     """
     section = job.config.model
-    source, config = _find_source(job, data)
+    weights, config = _open_weights(job, data)
     if data.tokenizer is not None and data.tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {data.tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows; "
@@ -63,38 +63,93 @@ def open_policy(job: Job, data: Data) -> Policy:
     if largest >= config.vocab_size:
         raise ConfigError(f"the data holds the token id {largest}, the model's embedding has {config.vocab_size} rows")
     longest = max(int(i.sequence_lengths().max()) for i in indexes)
+    if config.hard_max_positions:
+        check_positions(config, longest)
     if longest > config.max_positions:
         job.say(f"warning: prompt and response reach {longest} tokens, the model was made for {config.max_positions} positions")
-    model = make_decoder(
+    model = build_model(job, config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(abstract, model.axes, job.mesh, job.config.mesh.rules)
+    kind = config.family if weights is not None else "random weights"
+    job.say(
+        f"model: {num_params(config) / 1e6:,.2f}M parameters ({kind}), {section.dtype} compute, {section.param_dtype} stored"
+    )
+    if section.router_loss_weight and not config.num_experts:
+        raise ConfigError(f"model.router_loss_weight is {section.router_loss_weight}; the model has no experts")
+    return Policy(model, config, abstract, shardings, model.axes, weights)
+
+
+def check_positions(config: ModelConfig, longest: int) -> None:
+    """Raises ConfigError where `longest` tokens are more than the model can place."""
+    if config.hard_max_positions and longest > config.max_positions:
+        raise ConfigError(
+            f"prompt and response reach {longest} tokens, and the model can place {config.max_positions} alone "
+            "(data.max_prompt_tokens, data.max_response_tokens)"
+        )
+
+
+def build_model(job: Job, config: ModelConfig) -> Model:
+    """The decoder of a run, on its mesh."""
+    section, adapters = job.config.model, job.config.lora
+    return make_decoder(
         config,
         attention=make_attention(section.attention, num_shards=sharding.num_shards(job.mesh)),
         dtype=jnp.dtype(section.dtype),
         param_dtype=jnp.dtype(section.param_dtype),
         remat=section.remat,
         constrain=sharding.constrain_rows(job.mesh),
+        mix=sharding.spread_experts(job.mesh, job.config.mesh.rules),
+        adapter=lora.Adapter(adapters.alpha / adapters.rank, adapters.dropout) if adapters.rank else None,
     )
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = sharding.param_shardings(abstract, model.axes, job.mesh, job.config.mesh.rules)
-    job.say(f"model: {num_params(config) / 1e6:,.2f}M parameters, {section.dtype} compute, {section.param_dtype} stored")
-    return Policy(model, config, abstract, shardings, source)
 
 
-def reference_layout(job: Job, policy: Policy) -> tuple[Any, Any]:
-    """(ShapeDtypeStructs, shardings) of a reference's own tree: reference.dtype and reference.rules."""
+def adapted(job: Job, policy: Policy) -> Policy:
+    """The policy with its adapters as what is trained. Raises ConfigError for targets that match nothing."""
     c = job.config
-    dtype = jnp.dtype(c.reference.dtype or c.model.param_dtype)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), policy.abstract)
-    rules = c.reference.rules or c.mesh.rules
-    return abstract, sharding.param_shardings(policy.abstract, policy.model.axes, job.mesh, rules)
+    try:
+        rows = lora.adapter_rows(policy.config, c.lora.targets, c.lora.rank)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    axes, dtype = lora.adapter_axes(rows), jnp.dtype(c.model.param_dtype)
+    abstract = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), rows, policy.config.num_layers, dtype))
+    shardings = sharding.param_shardings(abstract, axes, job.mesh, c.mesh.rules)
+    return policy._replace(abstract=abstract, shardings=shardings, axes=axes)
+
+
+def initial_adapters(job: Job, policy: Policy) -> Any:
+    """Fresh adapters in their shardings; `policy` is an `adapted` one."""
+    c = job.config
+    rows = lora.adapter_rows(policy.config, c.lora.targets, c.lora.rank)
+    init = lambda key: lora.init_adapters(key, rows, policy.config.num_layers, jnp.dtype(c.model.param_dtype))
+    key = jax.random.fold_in(jax.random.key(c.seed), 1)  # not the key of random weights
+    return jax.jit(init, out_shardings=policy.shardings)(key)
+
+
+def frozen_layout(job: Job, policy: Policy, dtype: str, rules: dict[str, str], memory: str = "device") -> tuple[Any, Any]:
+    """(ShapeDtypeStructs, shardings) of a frozen tree of all parameters: a reference, or a base under adapters.
+
+    Args:
+      dtype: as it is stored; one of config.STORED.
+      rules: logical axis -> mesh axis; empty: mesh.rules.
+    """
+    abstract = jax.eval_shape(
+        lambda tree: store_as(tree, policy.config, dtype or job.config.model.param_dtype), policy.abstract
+    )
+    return abstract, sharding.param_shardings(abstract, policy.axes, job.mesh, rules or job.config.mesh.rules, memory)
+
+
+def store_as(params: Any, config: ModelConfig, dtype: str) -> Any:
+    """A tree of parameters in another dtype, or its matrices quantised."""
+    if dtype in QUANTISED:
+        return quantise_params(params, config, dtype)
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
 def initial_params(job: Job, policy: Policy) -> Any:
     """The policy's parameters before any training of this run, in their shardings."""
-    dtype = jnp.dtype(job.config.model.param_dtype)
-    if policy.source is None:
+    if policy.weights is None:
         return jax.jit(policy.model.init, out_shardings=policy.shardings)(jax.random.key(job.config.seed))
-    if (policy.source / "config.json").is_file():
-        return hf.load_params(policy.source, policy.config, policy.shardings, dtype)
-    found = Checkpoints(policy.source.parent, keep=10**6)
-    step = int(policy.source.name)
-    return found.restore_params(step, policy.abstract, policy.shardings, found.meta(step))
+    progress = job.progress("reading weights", hf.num_tensors(policy.config), "tensors")
+    params = policy.weights.load(policy.shardings, jnp.dtype(job.config.model.param_dtype), progress)
+    progress.clear()
+    return params

@@ -16,42 +16,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.checkpoint import digest
+from dpojax.config import bound_dtype, frozen_dtype
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape, by_response, plan_step
 from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.datasets import Data
 from dpojax.errors import DataError, NumericsError
 from dpojax.job import Job, everywhere
-from dpojax.policy import Policy, reference_layout
+from dpojax.policy import Policy, frozen_layout, store_as
 from dpojax.selfcheck import LAYOUT_BOUND
 from dpojax.stages import packer
 from dpojax.train import make_token_logps_step
 
 
-def make_live(params: Any, shardings: Any, dtype: Any) -> Any:
-    """A frozen copy of `params` in its own shardings and dtype."""
-    copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x).astype(dtype), tree), out_shardings=shardings)
-    return copy(params)
+def open_frozen(job: Job, policy: Policy, params: Any, dtype: str, rules: dict[str, str], memory: str = "device") -> Any:
+    """A frozen copy of all parameters, stored as `dtype` says (config.STORED), in its own shardings and memory."""
+    _, shardings = frozen_layout(job, policy, dtype, rules, memory)
+    stored = lambda tree: store_as(jax.tree.map(jnp.copy, tree), policy.config, dtype or job.config.model.param_dtype)
+    if memory == "device":
+        return jax.jit(stored, out_shardings=shardings)(params)
+    _, here = frozen_layout(job, policy, dtype, rules)
+    return jax.device_put(jax.jit(stored, out_shardings=here)(params), shardings)
 
 
 def open_live(job: Job, policy: Policy, params: Any) -> Any:
-    """The live reference tree from the policy's parameters before DPO: reference.rules and reference.dtype."""
-    abstract, shardings = reference_layout(job, policy)
-    return make_live(params, shardings, jax.tree.leaves(abstract)[0].dtype)
+    """The live reference tree from the policy's parameters before DPO: reference.rules, dtype and memory."""
+    c = job.config.reference
+    return open_frozen(job, policy, params, c.dtype, c.rules, c.memory)
 
 
 def same_layout(tree: Any, params: Any) -> bool:
-    """Whether both trees have the same dtypes and shardings."""
-    return all(
+    """Whether both trees have the same structure, dtypes and shardings."""
+    return jax.tree.structure(tree) == jax.tree.structure(params) and all(
         x.dtype == p.dtype and x.sharding == p.sharding for x, p in zip(*map(jax.tree.leaves, (tree, params)), strict=True)
     )
 
 
 def like(tree: Any, params: Any) -> Any:
-    """The reference `tree` in the dtype and shardings of `params`, so that one program serves both."""
-    if same_layout(tree, params):
+    """The reference `tree` in the dtype and shardings of `params`, so that one program serves both.
+
+    Of another structure (quantised, or the base of adapters) it stays as it is, and the program is compiled for it too.
+    """
+    if same_layout(tree, params) or jax.tree.structure(tree) != jax.tree.structure(params):
         return tree
-    return make_live(tree, jax.tree.map(lambda p: p.sharding, params), jax.tree.leaves(params)[0].dtype)
+    shardings, dtype = jax.tree.map(lambda p: p.sharding, params), jax.tree.leaves(params)[0].dtype
+    return jax.jit(lambda t: jax.tree.map(lambda x: jnp.copy(x).astype(dtype), t), out_shardings=shardings)(tree)
 
 
 class ReferenceCache:
@@ -113,7 +122,7 @@ def open_caches(
     step = make_token_logps_step(policy.model, chunk=c.model.logps_chunk_tokens)
     program = job.program("reference_pass", step, out_shardings=job.replicated)
     token_logps = lambda batch: np.asarray(program(ref, job.put(batch)))
-    model, precision = dataclasses.asdict(policy.config), [c.model.dtype, c.reference.dtype or c.model.param_dtype]
+    model, precision = dataclasses.asdict(policy.config), [c.model.dtype, frozen_dtype(c)]
 
     def open_one(name: str, dataset: Dataset, index: Index) -> ReferenceCache:
         other = [] if index.mismatched is None else [hashlib.sha256(index.mismatched.tobytes()).hexdigest()]
@@ -125,7 +134,7 @@ def open_caches(
             assert values is not None
             again = run(count=min(8, len(index.rows)), progress=lambda n: None)
             worst = float(np.abs(again - values[: len(again)]).max())
-            if worst <= LAYOUT_BOUND["bfloat16" if "bfloat16" in precision else "float32"]:
+            if worst <= LAYOUT_BOUND[bound_dtype(c)]:
                 job.say(f"reference cache of {name}: loaded; {len(again)} sampled tokens agree within {worst:.1e} nats")
                 return ReferenceCache(index, values)
             job.say(f"reference cache of {name}: {worst:.1e} nats off on a sample; computed anew")

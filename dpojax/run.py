@@ -1,6 +1,7 @@
 """A whole run: data -> SFT -> DPO -> evaluation -> report. `main.py` calls `run`; the loop is in stages.py."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -8,32 +9,34 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding, winrate
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, resolved_mode, to_dict
+from dpojax.config import QUANTISED, Config, bound_dtype, frozen_dtype, resolved_mode, to_dict
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
 from dpojax.datasets import Data, open_data
 from dpojax.flops import token_flops
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, say
-from dpojax.models import hf
+from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, open_policy
+from dpojax.policy import Policy, adapted, initial_adapters, open_policy
 from dpojax.stages import (
     Stage,
     batch_shape,
     batch_stream,
     fingerprints,
+    origin,
     packer,
     params_before_dpo,
     start_state,
     train_program,
     train_stage,
 )
-from dpojax.train import TrainState, make_eval_step, preference_gradients
+from dpojax.train import Balance, TrainState, make_eval_step, make_token_logps_step, preference_gradients
 
 
 def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
@@ -53,34 +56,49 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
         winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
     data = open_data(job)
     policy = open_policy(job, data)
-    _write_settings(job, data)
+    _write_settings(job, data, policy)
 
     params = params_before_dpo(job, data, policy)
     weights = checkpoint.checksums(params)
     mode, moving = resolved_mode(config), config.loss.make().moving
-    ref = None if mode == "none" else reference.open_live(job, policy, params)
+    base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
+    ref = None if mode == "none" else reference.open_live(job, policy, params) if base is None or mode == "live" else base
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, [data.train_index, data.eval_index], groups)
     job.say(
         f"rows: {shape.shard_rows} x {shape.row_tokens} tokens a micro-batch on each of {shape.num_shards} data shard(s), "
         f"layout {shape.layout}"
     )
-    check = _self_check(job, data, policy, params, ref, shape)
+    trained = policy
+    if config.lora.rank:
+        trained = adapted(job, policy)
+        _say_rounding(job, data, policy, params, base, config.lora.base_dtype, shape, groups)
+        jax.tree.map(lambda x: x.delete(), params)  # the base has its own
+        params = initial_adapters(job, trained)
+        job.say(
+            f"adapters: {sum(x.size for x in jax.tree.leaves(params)):,} parameters trained, rank {config.lora.rank} on {config.lora.targets!r}"
+        )
+    full = (lambda params: params) if base is None else functools.partial(lora.join, base)
+    quantised_ref = mode == "live" and config.reference.dtype in QUANTISED
+    if quantised_ref:
+        _say_rounding(job, data, policy, full(params), ref, config.reference.dtype, shape, groups)
+    # What rounding does to a quantised reference is said above; the rest must hold as without it.
+    check = _self_check(job, data, policy, full(params), full(params) if quantised_ref else ref, shape)
     caches: tuple[Any, Any] = (None, None)
     if mode == "cached":
         caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
     sampler = evaluate.Sampling(job, data, policy) if config.sample.num_prompts and data.tokenizer is not None else None
     eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
-    evaluation = _Evaluation(job, policy, None if moving else ref, eval_pack, groups, sampler)
+    evaluation = _Evaluation(job, policy, full, None if moving else ref, eval_pack, groups, sampler)
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
-    stage, optimizer = _dpo_stage(job, data, policy, weights, batch_stream(job, train_pack, groups, config.num_steps), groups)
+    stage, optimizer = _dpo_stage(job, data, trained, weights, batch_stream(job, train_pack, groups, config.num_steps), groups)
     stage.evaluate = evaluation
-    state = start_state(job, stage, params, optimizer, policy, moving_ref=ref if moving else None)
+    state = start_state(job, stage, params, optimizer, trained, moving_ref=ref if moving else None)
     del params  # the state has taken their memory
     ref = None if moving else ref
     start = int(state.step)
     job.log.rewind(sft_step=10**12, step=start if start else -1)
-    state = train_stage(job, stage, state, ref)
+    state = train_stage(job, stage, state, ref, base)
     stage.checkpoints.close()
     if evaluation.results is None:  # resumed after the last step, whose evaluation is in the log already
         evaluation(int(state.step), state, log=False)
@@ -88,9 +106,10 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     samples = None
     if sampler is not None:
         # A cached or moving reference gave up its first parameters during training.
-        samples = sampler.compare(state.params, params_before_dpo(job, data, policy) if ref is None else ref)
+        first = base if ref is None else ref
+        samples = sampler.compare(full(state.params), params_before_dpo(job, data, policy) if first is None else first)
     if config.export:
-        _export(job, data, policy, state.params)
+        _export(job, data, policy, full(state.params))
     summary = {
         "num_steps": int(state.step),
         "pairs_per_second": stage.pairs / stage.seconds if stage.seconds else None,
@@ -115,8 +134,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
 class _Evaluation:
     """(step, state) -> metrics of the held-out pairs, logged; remembers the last ones."""
 
-    def __init__(self, job: Job, policy: Policy, ref: Any, pack, groups: int, sampler: evaluate.Sampling | None):
-        self.job, self.ref, self.pack, self.groups = job, ref, pack, groups
+    def __init__(self, job: Job, policy: Policy, full, ref: Any, pack, groups: int, sampler: evaluate.Sampling | None):
+        self.job, self.full, self.ref, self.pack, self.groups = job, full, ref, pack, groups
         self.sampler = sampler if job.config.sample.kl_prompts else None
         self.loss = job.config.loss.make()
         step = make_eval_step(policy.model, self.loss, chunk=job.config.model.logps_chunk_tokens)
@@ -126,13 +145,12 @@ class _Evaluation:
 
     def __call__(self, step: int, state: TrainState, *, log: bool = True) -> None:
         ref = self.ref if state.ref is None else state.ref
-        self.results = evaluate.evaluate_pairs(
-            self.job, self.program, state.params, ref, state.reward_mean, self.pack, self.groups
-        )
+        params = self.full(state.params)
+        self.results = evaluate.evaluate_pairs(self.job, self.program, params, ref, state.reward_mean, self.pack, self.groups)
         self.scalars = evaluate.eval_scalars(self.results, self.loss)
         kl = ""
         if self.sampler is not None and ref is not None:
-            value, error = self.sampler.kl(state.params, ref)
+            value, error = self.sampler.kl(params, ref)
             self.scalars |= {"eval_on_policy_kl": value, "eval_on_policy_kl_standard_error": error}
             kl = f"  KL {value:.2f} ± {error:.2f}"
         if log:
@@ -151,13 +169,24 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
     schedule = make_schedule(
         c.optim.schedule, learning_rate=c.optim.learning_rate, warmup_steps=c.optim.warmup_steps, num_steps=c.num_steps
     )
-    optimizer = make_optimizer(c.optim, schedule, policy.model.axes)
-    gradients = preference_gradients(policy.model, loss, chunk=c.model.logps_chunk_tokens)
+    optimizer = make_optimizer(c.optim, schedule, policy.axes)
+    weight = c.model.router_loss_weight
+    gradients = preference_gradients(
+        policy.model,
+        loss,
+        chunk=c.model.logps_chunk_tokens,
+        balance=Balance(weight, policy.config.num_layers) if weight else None,
+        dropout_seed=c.seed if c.lora.rank and c.lora.dropout else None,
+    )
+    adapter = {}
+    if c.lora.rank:
+        adapter = {"adapter": {"rank": c.lora.rank, "targets": c.lora.targets, "scale": c.lora.alpha / c.lora.rank}}
     prints = fingerprints(
         job,
         data.train,
         policy,
-        reference={"weights": checkpoint.digest(weights), "dtype": c.reference.dtype or c.model.param_dtype},
+        reference={"weights": checkpoint.digest(weights), "dtype": frozen_dtype(c)},
+        lora=dataclasses.asdict(c.lora) if c.lora.rank else {},
         loss={**dataclasses.asdict(c.loss), "source": loss.source},
         batch={"batch_size": c.batch_size, "batch_groups": c.batch_groups},
     )
@@ -169,22 +198,46 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
         batches=batches,
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep),
-        meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)},
+        meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)}
+        | origin(policy)
+        | adapter,
         data=data.train,
         groups=groups,
         epoch_groups=len(data.train_index.rows),
         evaluate=lambda step, state: None,
-        flops=token_flops(policy.config, passes=4 if resolved_mode(c) == "live" else 3),
+        flops=token_flops(policy.config, passes=(3 if not c.lora.rank else 2) + (resolved_mode(c) in ("live", "adapter"))),
     )
     return stage, optimizer
 
 
-def _write_settings(job: Job, data: Data) -> None:
+def _write_settings(job: Job, data: Data, policy: Policy) -> None:
     """run.json and the tokenizer, so that the workdir can be used as a config and as model.init."""
     job.write_file("run.json", json.dumps(to_dict(job.config), indent=2) + "\n")
-    if job.main_process and data.tokenizer is not None:
-        (job.workdir / "tokenizer").mkdir(exist_ok=True)
-        data.tokenizer.save(job.workdir / "tokenizer")
+    if not job.main_process:
+        return
+    folder = job.workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    if policy.weights is not None and policy.weights.companions is not None:
+        hf.copy_companions(policy.weights.companions, folder)
+    if data.tokenizer is not None:
+        data.tokenizer.save(folder)
+
+
+def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:
+    """What storing a frozen tree in fewer bits does to its log-probs, on the first groups of the training data."""
+    if not dtype or dtype == job.config.model.param_dtype:
+        return
+    step = make_token_logps_step(policy.model, chunk=job.config.model.logps_chunk_tokens)
+    pack, values = packer(job, data.train, data.train_index, shape), []
+    for tree in (params, frozen):
+        program = job.program("rounding_pass", step, out_shardings=job.replicated)
+        token_logps = lambda batch, program=program, tree=tree: np.asarray(program(tree, job.put(batch)))
+        count = min(groups, len(data.train_index.rows))
+        values.append(reference.compute(pack, token_logps, num_groups=groups, count=count, progress=lambda n: None))
+    moved = np.abs(values[0] - values[1])
+    job.say(
+        f"{dtype} instead of {job.config.model.param_dtype}: a token's log-prob moves by {moved.mean():.1e} nats, at most {moved.max():.1e} ({moved.size:,} tokens)"
+    )
 
 
 def _finished(job: Job) -> dict[str, Any] | None:
@@ -213,14 +266,13 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
         job.say(f"self-check: skipped ({'off' if c.self_check == 'off' else 'over 1B parameters; self_check=full runs it'})")
         return None
     start = time.monotonic()
-    bf16 = "bfloat16" in (c.model.dtype, c.reference.dtype or c.model.param_dtype)
     found = selfcheck.self_check(
         policy.model,
         params,
         ref,
         packer(job, data.train, data.train_index, shape),
         c.loss.make(),
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=bound_dtype(c),
         num_shards=sharding.num_shards(job.mesh),
         put=job.put,
         program=job.program,
@@ -235,18 +287,33 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
 
 
 def _export(job: Job, data: Data, policy: Policy, params) -> None:
-    whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(params)
-    if job.main_process:
-        tokenizer = data.tokenizer
-        hf.export_params(
-            whole,
-            policy.config,
-            job.workdir / "export",
-            bos_id=tokenizer.bos_id if tokenizer else None,
-            eos_id=tokenizer.eos_id if tokenizer else None,
-            tokenizer=tokenizer,
-        )
-        say(f"exported to {job.workdir / 'export'}")
+    """WORKDIR/export, a Hugging Face directory with adapters merged; and the adapters as PEFT's, in WORKDIR/adapter."""
+    c, tokenizer = job.config, job.workdir / "tokenizer"
+    weights = policy.weights
+    fields = None if weights is None else weights.fields
+    if fields is None:
+        own = data.tokenizer
+        ids = dict(bos_id=own.bos_id, eos_id=own.eos_id) if own else dict(bos_id=None, eos_id=None)
+        fields = hf.llama_fields(policy.config, **ids)
+    if c.lora.rank:
+        adapters = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
+        whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(adapters)
+        scale = c.lora.alpha / c.lora.rank
+        if job.main_process:
+            peft.export_adapters(whole, policy.config, job.workdir / "adapter", scale=scale, base=c.model.init)
+        params = jax.jit(lambda tree: lora.merge(tree, policy.config, scale))(params)
+    progress = job.progress("export", hf.num_tensors(policy.config), "tensors")
+    hf.export_params(
+        params,
+        policy.config,
+        job.workdir / "export",
+        fields=fields,
+        dtype=c.model.param_dtype,
+        companions=tokenizer,
+        write=job.main_process,
+        progress=progress,
+    )
+    progress.close(str(job.workdir / "export"))
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Which logical axis goes to which mesh axis is data (config.mesh.rules); this module only applies it.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpojax.errors import ConfigError
+from dpojax.models import experts
 
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # rows of a batch are spread over both
@@ -60,20 +62,21 @@ def _spec(shape, axes, mesh: Mesh, rules: Mapping[str, str]) -> P:
     return P(*spec)
 
 
-def param_shardings(params: Any, axes: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+def param_shardings(params: Any, axes: Any, mesh: Mesh, rules: Mapping[str, str], memory: str = "device") -> Any:
     """A NamedSharding for every parameter.
 
     Args:
-      params: tree of arrays or ShapeDtypeStructs.
+      params: tree of arrays or ShapeDtypeStructs; in the place of one there may be a quantised one of several.
       axes: tree of logical axes, shaped like `params`.
       rules: logical axis -> mesh axis; "" or absent: not split.
+      memory: of the devices; "pinned_host": the host's memory.
     """
     for axis, target in rules.items():
         if target and target not in MESH_AXES:
             raise ConfigError(f"mesh rule {axis}={target!r}: the mesh has the axes {', '.join(MESH_AXES)}")
     is_axes = lambda x: isinstance(x, tuple)
-    specs = jax.tree.map(lambda a, x: _spec(x.shape, a, mesh, rules), axes, params, is_leaf=is_axes)
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+    own = lambda a: lambda x: NamedSharding(mesh, _spec(x.shape, a, mesh, rules), memory_kind=memory)
+    return jax.tree.map(lambda a, x: jax.tree.map(own(a), x), axes, params, is_leaf=is_axes)
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -105,6 +108,25 @@ def constrain_rows(mesh: Mesh):
     """Keeps the leading axis of an activation spread over the data axes."""
     sharding = rows_sharding(mesh, leading=0)
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def spread_experts(mesh: Mesh, rules: Mapping[str, str]):
+    """`experts.mix` over the mesh: tokens stay on their data shard, experts on the devices of their mesh axis."""
+    axis = rules.get("experts", "")
+    if mesh.size == 1:
+        return experts.mix
+    if axis in ROW_AXES:
+        raise ConfigError(f"mesh.rules.experts={axis!r}: the rows are spread over {', '.join(ROW_AXES)}; take 'tensor', or ''")
+
+    def mix(x, weights, ids, gate, up, down, *, activation):
+        own = axis if axis and gate.shape[0] % mesh.shape[axis] == 0 else None
+        function = functools.partial(experts.mix, activation=activation, axis=own)
+        rows, held = P(ROW_AXES), P(own)
+        return jax.shard_map(function, mesh=mesh, in_specs=(rows,) * 3 + (held,) * 3, out_specs=rows)(
+            x, weights, ids, gate, up, down
+        )
+
+    return mix
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -22,7 +22,7 @@ from dpojax.flops import TokenFlops, peak_flops, token_flops
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, initial_params, reference_layout
+from dpojax.policy import Policy, frozen_layout, initial_params
 from dpojax.programs import Program
 from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_gradients
 
@@ -176,19 +176,21 @@ def _is_logged(job: Job, stage: Stage, step: int) -> bool:
     return step % job.config.log_every_steps == 0 or step == stage.num_steps
 
 
-def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
+def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any = None) -> TrainState:
     """The loop: dispatches a step, then reads the one before it, so that the devices never wait for the host.
 
+    Args:
+      base: the frozen parameters under the state's adapters, if there are such.
     Raises: Interrupted after saving, where the run was asked to stop.
     """
     if stage.evaluation_due:  # nothing can be lost yet: a signal stops it at once
         stage.evaluate(int(state.step), state)
         stage.evaluation_due = False
     with job.stop:
-        return _train(job, stage, state, ref_params)
+        return _train(job, stage, state, ref_params, base)
 
 
-def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainState:
+def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any) -> TrainState:
     start = int(state.step)
     batches = stage.batches(start)
     pending: Dispatched | None = None
@@ -196,7 +198,7 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any) -> TrainS
     for step in range(start + 1, stage.num_steps + 1):
         batch, waste = next(batches)
         details = np.bool_(_is_logged(job, stage, step))
-        state, metrics = stage.step_program(state, ref_params, job.put(batch), details)
+        state, metrics = stage.step_program(state, ref_params, job.put(batch), details, base)
         if pending:
             clock = stage.finish(job, pending, clock)
         pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), int(batch.num_response_tokens), waste)
@@ -228,7 +230,7 @@ def state_layout(job: Job, policy: Policy, optimizer, *, moving: bool) -> tuple[
     shardings = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     if not moving:
         return abstract, shardings
-    ref_abstract, ref_shardings = reference_layout(job, policy)
+    ref_abstract, ref_shardings = frozen_layout(job, policy, job.config.reference.dtype, job.config.reference.rules)
     return abstract._replace(ref=ref_abstract), shardings._replace(ref=ref_shardings)
 
 
@@ -295,6 +297,11 @@ def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy, 
         setattr(stage, name, meta[name])
     job.say(f"{stage.name}: resumed at step {step} of {stage.num_steps}, every checksum equal")
     return state
+
+
+def origin(policy: Policy) -> dict[str, Any]:
+    """What an export of a checkpoint must know besides the model: the fields of the config.json that it came from."""
+    return {} if policy.weights is None or policy.weights.fields is None else {"fields": policy.weights.fields}
 
 
 def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[str, Any]:
@@ -371,7 +378,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
     )
     own_b2 = c.sft.b2 is not None and "b2" in OPTIMIZERS[c.optim.name]
     optim = dataclasses.replace(c.optim, b2=c.sft.b2) if own_b2 else c.optim
-    optimizer = make_optimizer(optim, schedule, policy.model.axes)
+    optimizer = make_optimizer(optim, schedule, policy.axes)
     gradients = sft_gradients(policy.model, chunk=c.model.logps_chunk_tokens)
     params = initial_params(job, policy)
     prints = fingerprints(
@@ -385,7 +392,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         batches=batch_stream(job, packer(job, data.sft, data.sft_index, shape), groups, c.sft.num_steps),
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "sft", keep=1),
-        meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)},
+        meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)} | origin(policy),
         data=data.sft,
         groups=groups,
         epoch_groups=len(data.sft_index.rows),

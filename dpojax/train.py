@@ -10,6 +10,7 @@ back to the parameters.
 Legend: M micro-batches, A data shards, P pairs of a shard's micro-batch, T scored tokens, S responses.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from dpojax.data.packing import PackedBatch
 from dpojax.logps import Reference, TokenScores, response_sums, token_scores
 from dpojax.losses import PairInfo, PairLogps, known
 from dpojax.models import Model
+from dpojax.models.experts import Routing, load_balancing_loss
+from dpojax.models.lora import join
 from dpojax.objectives import Loss
 
 
@@ -97,28 +100,38 @@ def each_micro_batch(function: Callable[..., Any], batch: PackedBatch, *others: 
     return jax.vmap(function, in_axes=(axes, *[0] * len(others)))(batch, *others)
 
 
-def hidden_by_shard(model: Model, params, mb: PackedBatch) -> Float[Array, "A U D"]:
-    """Final hidden states of every packed token, flattened within each data shard."""
-    hidden = model.hidden_states(params, mb.tokens, mb.positions, mb.group, mb.branch)
-    return hidden.reshape(mb.predictor.shape[0], -1, hidden.shape[-1])
+def hidden_by_shard(model: Model, params, mb: PackedBatch, key=None) -> tuple[Float[Array, "A U D"], Routing | None]:
+    """Final hidden states of every packed token, flattened within each data shard; what the routers decided, if any."""
+    rows, routing = (params, mb.tokens, mb.positions, mb.group, mb.branch), None
+    if model.routed is None:
+        hidden = model.hidden_states(*rows, key=key)
+    else:
+        hidden, routing = model.routed(*rows, key=key)
+    return hidden.reshape(mb.predictor.shape[0], -1, hidden.shape[-1]), routing
 
 
-def batch_scores(
-    model: Model, params, mb: PackedBatch, *, chunk: int, details=False, ref_params=None, squares=False
-) -> TokenScores:
-    """log pi(target | prefix) of every scored token of a micro-batch, nats.
+def routed_scores(
+    model: Model, params, mb: PackedBatch, *, chunk: int, details=False, ref_params=None, squares=False, key=None
+) -> tuple[TokenScores, Routing | None]:
+    """log pi(target | prefix) of every scored token of a micro-batch, nats; and what the routers decided, if any.
 
     Args:
       details: with all of TokenScores.
       ref_params: with the KL to this reference.
       squares: with log sum_v pi(v)^2.
+      key: of the adapters' dropout; None: without.
     """
-    hidden, details = hidden_by_shard(model, params, mb), jnp.asarray(details)
+    (hidden, routing), details = hidden_by_shard(model, params, mb, key), jnp.asarray(details)
     ref = None
     if ref_params is not None:
-        ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)))
-    head = model.head(params)
-    return token_scores(model.unembed, head, hidden, ref, mb.predictor, mb.target, mb.num_scored, details, chunk, squares)
+        ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)[0]))
+    head, where = model.head(params), (mb.predictor, mb.target, mb.num_scored)
+    return token_scores(model.unembed, head, hidden, ref, *where, details, chunk, squares), routing
+
+
+def batch_scores(model: Model, params, mb: PackedBatch, **options) -> TokenScores:
+    """`routed_scores` without the routers."""
+    return routed_scores(model, params, mb, **options)[0]
 
 
 class StepScores(NamedTuple):
@@ -126,19 +139,23 @@ class StepScores(NamedTuple):
 
     policy: TokenScores
     ref_logps: Float[Array, "*M A T"] | None  # None without reference
+    routing: Routing | None  # of the policy; None without experts
 
 
-def both_scores(model: Model, loss: Loss, params, ref_params, mb: PackedBatch, *, chunk: int, details=False) -> StepScores:
+def both_scores(
+    model: Model, loss: Loss, params, ref_params, mb: PackedBatch, *, chunk: int, details=False, key=None
+) -> StepScores:
     """The policy's and the reference's token scores, as far as `loss` needs them.
 
     The reference's come from the batch where it carries a cache, else from `ref_params`, else there are none.
     """
     full = ref_params if loss.needs("kl") else None
-    policy = batch_scores(model, params, mb, chunk=chunk, details=details, ref_params=full, squares=loss.needs("wpo"))
+    options = dict(chunk=chunk, details=details, ref_params=full, squares=loss.needs("wpo"), key=key)
+    policy, routing = routed_scores(model, params, mb, **options)
     ref_logps: Any = policy.ref_logps if mb.ref_logps is None else mb.ref_logps
     if ref_logps is None and ref_params is not None:
         ref_logps = batch_scores(model, ref_params, mb, chunk=chunk).logps
-    return StepScores(policy, jax.lax.stop_gradient(ref_logps))
+    return StepScores(policy, jax.lax.stop_gradient(ref_logps), routing)
 
 
 def gather_pairs(mb: PackedBatch, per_slot) -> tuple[Array, Array]:
@@ -356,21 +373,60 @@ def accumulate(function: Callable[..., Any], params, batch: PackedBatch, count, 
     return jax.lax.fori_loop(0, batch.num_micro, body, (jnp.zeros((), jnp.float32), zeros, _empty(own, batch)))
 
 
-def preference_sums(model: Model, loss: Loss, chunk: int, params, ref_params, mb: PackedBatch, details=False):
-    """Sum of the per-pair losses of a micro-batch, with the results of its pairs."""
-    scores = both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details)
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """The routers' load-balancing loss of a whole step, with a gradient that is the same for every cut (models/experts.py).
+
+    X sum_e f_e P_e with the shares f and the mean probabilities P over the step's real tokens, a shared prompt once, and all
+    layers. f has no gradient, so that a first pass that counts makes the second one a sum over micro-batches.
+    """
+
+    weight: float
+    num_layers: int
+
+    def counts(self, model: Model, params, batch: PackedBatch, keys) -> Float[Array, "X"]:
+        """How often each expert was chosen in the step; zeros for a step of one micro-batch, which counts for itself."""
+
+        def body(i, total):
+            return total + hidden_by_shard(model, params, micro_batch(batch, i), keys(i))[1].counts
+
+        one = jax.eval_shape(lambda: hidden_by_shard(model, params, micro_batch(batch, 0), keys(0))[1].counts)
+        zero = jnp.zeros(one.shape, jnp.float32)
+        several = jnp.where(batch.num_micro > 1, batch.num_micro, 0)
+        return jax.lax.stop_gradient(jax.lax.fori_loop(0, several, body, zero))
+
+    def part(self, routing: Routing, counts, batch: PackedBatch) -> Float[Array, ""]:
+        """The part of a micro-batch; the parts sum to weight x loss."""
+        tokens = self.num_layers * batch.num_tokens.astype(jnp.float32)
+        counts = jnp.where(batch.num_micro > 1, counts, routing.counts)
+        return self.weight * load_balancing_loss(Routing(routing.probabilities, counts), tokens)
+
+
+def preference_sums(
+    model: Model, loss: Loss, chunk: int, params, ref_params, mb: PackedBatch, details=False, *, key=None, balance=None
+):
+    """Sum of the per-pair losses of a micro-batch, with the results of its pairs.
+
+    Args:
+      balance: routing -> this micro-batch's part of the routers' loss times the step's pairs; None: no such loss.
+    """
+    scores = both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details, key=key)
     policy, ref, info = pairs_of(loss, mb, scores)
     results = pair_results(loss, policy, ref, info, mb.row_id.reshape(-1))
     results = with_details(mb, results, scores.policy)
     total = jnp.sum(jnp.where(info.valid, loss(policy, ref, info).loss, 0.0))
-    return total, jax.tree.map(lambda x: x.reshape(mb.valid.shape), results)
+    part = None if balance is None else balance(scores.routing)
+    results = jax.tree.map(lambda x: x.reshape(mb.valid.shape), results)
+    return total if part is None else total + part, (results, jax.lax.stop_gradient(part))
 
 
-def step_scores(model: Model, loss: Loss, params, ref_params, batch: PackedBatch, *, chunk: int, details) -> StepScores:
-    """The token scores of all micro-batches, [M, ...], without gradient."""
-    one = lambda mb: both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details)
-    body = lambda i, stack: _put(stack, one(micro_batch(batch, i)), i)
-    start = _empty(jax.eval_shape(one, micro_batch(batch, 0)), batch)
+def step_scores(
+    model: Model, loss: Loss, params, ref_params, batch: PackedBatch, *, chunk: int, details, keys=lambda i: None
+) -> StepScores:
+    """The token scores of all micro-batches, [M, ...], without gradient; `keys`: micro-batch -> key of the dropout."""
+    one = lambda mb, i: both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details, key=keys(i))
+    body = lambda i, stack: _put(stack, one(micro_batch(batch, i), i), i)
+    start = _empty(jax.eval_shape(one, micro_batch(batch, 0), 0), batch)
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, batch.num_micro, body, start))
 
 
@@ -394,22 +450,53 @@ class Gradients(NamedTuple):
     reward_mean: Float[Array, ""]
 
 
-def preference_gradients(model: Model, loss: Loss, *, chunk: int, two_passes: bool | None = None):
-    """The function (state, ref_params, batch, details, constrain_params) -> Gradients of the preference stage.
+def preference_gradients(
+    model: Model,
+    loss: Loss,
+    *,
+    chunk: int,
+    two_passes: bool | None = None,
+    balance: Balance | None = None,
+    dropout_seed: int | None = None,
+):
+    """The function (state, ref_params, batch, details, constrain_params[, base]) -> Gradients of the preference stage.
+
+    base: the frozen parameters under the state's adapters; None where the state's parameters are all there is.
 
     Args:
       two_passes: None: where the objective couples the pairs of a step.
+      balance: the routers' loss, or None.
+      dropout_seed: of the adapters' dropout, or None: no dropout. The draw depends on step and micro-batch.
     """
 
-    def separate(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
-        count = batch.num_pairs.astype(jnp.float32)
-        sums = lambda params, mb, i: preference_sums(model, loss, chunk, params, ref_params, mb, details)
-        total, grads, results = accumulate(sums, state.params, batch, count, constrain_params)
-        return _finish(total / count, grads, results, batch, state.reward_mean)
+    def setting(state: TrainState, base, batch: PackedBatch):
+        """(trained parameters -> the policy's, micro-batch -> key, routing -> its part of the routers' loss)."""
+        policy = (lambda params: params) if base is None else functools.partial(join, base)
+        if dropout_seed is None:
+            keys = lambda i: None
+        else:
+            keys = lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), i)
+        if balance is None:
+            return policy, keys, None
+        counts = balance.counts(model, policy(state.params), batch, keys)
+        pairs = batch.num_pairs.astype(jnp.float32)
+        return policy, keys, lambda routing: pairs * balance.part(routing, counts, batch)
 
-    def coupled(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
+    def separate(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params, base=None) -> Gradients:
         count = batch.num_pairs.astype(jnp.float32)
-        scores = step_scores(model, loss, state.params, ref_params, batch, chunk=chunk, details=details)
+        policy, keys, part = setting(state, base, batch)
+
+        def sums(params, mb, i):
+            own = dict(key=keys(i), balance=part)
+            return preference_sums(model, loss, chunk, policy(params), ref_params, mb, details, **own)
+
+        total, grads, (results, parts) = accumulate(sums, state.params, batch, count, constrain_params)
+        return _finish(total / count, grads, results, batch, state.reward_mean, parts)
+
+    def coupled(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params, base=None) -> Gradients:
+        count = batch.num_pairs.astype(jnp.float32)
+        policy, keys, part = setting(state, base, batch)
+        scores = step_scores(model, loss, policy(state.params), ref_params, batch, chunk=chunk, details=details, keys=keys)
         reward_mean = state.reward_mean
         if loss.needs("shift"):
             reward_mean = _running_mean(state, step_pairs(loss, batch, scores), loss.reward_scale)
@@ -423,19 +510,26 @@ def preference_gradients(model: Model, loss: Loss, *, chunk: int, two_passes: bo
 
         def pulled(params, mb, i):
             full = ref_params if loss.needs("kl") else None
-            own = batch_scores(model, params, mb, chunk=chunk, ref_params=full)
-            parts = zip(pulls, (own.logps, own.kl), strict=True)
-            return sum(jnp.sum(p[i] * x) for p, x in parts if x is not None), None
+            own, routing = routed_scores(model, policy(params), mb, chunk=chunk, ref_params=full, key=keys(i))
+            pairs = zip(pulls, (own.logps, own.kl), strict=True)
+            total = sum(jnp.sum(p[i] * x) for p, x in pairs if x is not None)
+            own_part = None if part is None else part(routing)
+            return total if own_part is None else total + own_part, jax.lax.stop_gradient(own_part)
 
-        _, grads, _ = accumulate(pulled, state.params, batch, count, constrain_params)
-        return _finish(total / count, grads, step_results(loss, batch, scores, reward_mean), batch, reward_mean)
+        _, grads, parts = accumulate(pulled, state.params, batch, count, constrain_params)
+        if parts is not None:
+            total = total + parts.sum()
+        return _finish(total / count, grads, step_results(loss, batch, scores, reward_mean), batch, reward_mean, parts)
 
-    def _finish(mean, grads, results: PairResults, batch: PackedBatch, reward_mean) -> Gradients:
+    def _finish(mean, grads, results: PairResults, batch: PackedBatch, reward_mean, parts) -> Gradients:
         results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
+        scalars = pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
+        if parts is not None:
+            scalars["aux_loss"] = parts.sum() / batch.num_pairs  # TRL's name
         return Gradients(
             mean,
             grads,
-            pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched")),
+            scalars,
             results.loss,
             batch.row_id,
             reward_mean,
@@ -462,8 +556,8 @@ def sft_gradients(model: Model, *, chunk: int):
         details = per_slot(jax.lax.stop_gradient(scores.entropy)), per_slot(scores.correct.astype(jnp.float32))
         return nll.sum(), (nll, *details)
 
-    def gradients(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params) -> Gradients:
-        del ref_params
+    def gradients(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params, base=None) -> Gradients:
+        del ref_params, base
         count = batch.num_response_tokens.astype(jnp.float32)
         one = lambda params, mb, i: sums(params, mb, details)
         total, grads, (nll, entropy, correct) = accumulate(one, state.params, batch, count, constrain_params)
@@ -488,7 +582,9 @@ def make_train_step(
     skip_spikes: bool,
     moving: tuple[float, int] | None = None,
 ):
-    """The step (state, ref_params, batch, details) -> (state, StepMetrics).
+    """The step (state, ref_params, batch, details[, base]) -> (state, StepMetrics).
+
+    base: the frozen parameters under the state's adapters (LoRA); None where the state's parameters are all there is.
 
     A step whose loss or gradient is not finite changes nothing but the counters, to the bit.
 
@@ -502,9 +598,10 @@ def make_train_step(
         alpha params + (1 - alpha) ref (TR-DPO, arXiv:2404.09656).
     """
 
-    def step(state: TrainState, ref_params, batch: PackedBatch, details) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, ref_params, batch: PackedBatch, details, base=None) -> tuple[TrainState, StepMetrics]:
         ref_params = state.ref if moving else ref_params
-        loss, grads, scalars, losses, row_id, reward_mean = gradients(state, ref_params, batch, details, constrain_params)
+        found = gradients(state, ref_params, batch, details, constrain_params, base)
+        loss, grads, scalars, losses, row_id, reward_mean = found
         grad_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

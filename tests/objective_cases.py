@@ -209,7 +209,7 @@ def trl_error(label: str) -> tuple[float, float] | None:
 
         def mean(tokens):
             zero = jnp.zeros_like(tokens)
-            scores = StepScores(TokenScores(tokens, None, None, squares, zero, zero.astype(bool), zero), ref)
+            scores = StepScores(TokenScores(tokens, None, None, squares, zero, zero.astype(bool), zero), ref, None)
             policy, fixed, info = jax.vmap(functools.partial(pairs_of, loss), in_axes=(axes, 0))(batch, scores)
             length = info.mean_chosen_length[0]
             policy, fixed, info = jax.tree.map(lambda x: x.reshape(-1), (policy, fixed, info))

@@ -18,7 +18,7 @@ from dpojax.models.attention import SAVED, Rows, attend
 from dpojax.models.config import ModelConfig
 from dpojax.models.experts import Routing, mix, route, routing_sums
 from dpojax.models.lora import LORA_A, LORA_B, Adapter
-from dpojax.models.quantise import dequantise
+from dpojax.models.quantise import in_compute
 from dpojax.models.rope import rope_angles, rotate
 from dpojax.models.table import layer_rows, logical_axes, model_rows
 
@@ -145,9 +145,7 @@ def block(w: Params, x: Float[Array, "R L D"], context: Context, window, cache, 
         return normalise(x, w[name], w.get(f"{name}_bias"), kind=kind, eps=config.norm_eps, offset=config.norm_offset)
 
     project = lambda equation, x, name: _map(w, equation, x, name, parts.adapter, key)
-    attend = functools.partial(
-        _attend, w, config=config, attention=parts.attention, project=project, norm=norm
-    )
+    attend = functools.partial(_attend, w, config=config, attention=parts.attention, project=project, norm=norm)
     mlp = functools.partial(_mlp, w, context=context, config=config, project=project, mix=parts.mix)
     # Projections run on T = R L flat tokens: one large matrix product each, which CPUs need to be fast.
     rows = x.shape[:2]
@@ -192,8 +190,10 @@ class _Rows(nn.Module):
             }
             return {r.name: self.param(r.name, init[r.init], r.shape, self.param_dtype).astype(self.dtype) for r in rows}
         names = [r.name for r in rows]
-        names += [f"{r.name}{end}" for r in rows if self.has_variable("params", f"{r.name}{LORA_A}") for end in (LORA_A, LORA_B)]
-        return {name: dequantise(self.get_variable("params", name), self.dtype) for name in names}
+        names += [
+            f"{r.name}{end}" for r in rows if self.has_variable("params", f"{r.name}{LORA_A}") for end in (LORA_A, LORA_B)
+        ]
+        return {name: in_compute(self.get_variable("params", name), self.dtype) for name in names}
 
 
 class _Layer(_Rows):
@@ -321,7 +321,7 @@ def make_decoder(
 
     def unembed(head, hidden):
         equation = "...D,VD->...V" if config.tie_embeddings else "...D,DV->...V"
-        matrix = dequantise(head[head_names[0]], dtype)
+        matrix = in_compute(head[head_names[0]], dtype)
         # float32 out: a log-sum-exp over the vocabulary loses too much in bf16
         logits = jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
         if config.head_bias:

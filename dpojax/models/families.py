@@ -21,7 +21,14 @@ INERT = {
     *("pad_token_id", "_name_or_path", "pretraining_tp", "initializer_range", "unk_token_id", "id2label", "label2id"),
     *("output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder", "chunk_size_feed_forward"),
     *("problem_type", "tokenizer_class", "model_type", "_attn_implementation", "attn_implementation", "auto_map", "num_labels"),
-    *("cache_implementation", "task_specific_params", "gradient_checkpointing", "n_ctx", "is_decoder", "_sliding_window_pattern"),
+    *(
+        "cache_implementation",
+        "task_specific_params",
+        "gradient_checkpointing",
+        "n_ctx",
+        "is_decoder",
+        "_sliding_window_pattern",
+    ),
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
     *("output_router_logits", "router_aux_loss_coef"),  # of training: model.router_loss_weight
@@ -86,7 +93,7 @@ class Fields:
     def __init__(self, values: dict[str, Any], path: pathlib.Path):
         self.values, self.path, self.taken = values, path, set()
 
-    def take(self, field: Field, known: Mapping[str, Any] = {}) -> Any:  # noqa: B006  # never written
+    def take(self, field: Field, known: Mapping[str, Any] = {}) -> Any:  # never written
         """The field's value, or its default. Raises ConfigError if it is missing or of another type."""
         self.taken.add(field.name)
         value = self.values.get(field.name)
@@ -131,7 +138,9 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
         value = left.pop(name, None)
         value = default if value is None else value
         if value is REQUIRED or isinstance(value, bool) or not isinstance(value, NUMBER):
-            raise ConfigError(f"{fields.path}: the rotary scaling {kind!r} has {name}={value if value is not REQUIRED else None!r}")
+            raise ConfigError(
+                f"{fields.path}: the rotary scaling {kind!r} has {name}={value if value is not REQUIRED else None!r}"
+            )
         return float(value)
 
     longest = fields.take(Field("original_max_position_embeddings", int, known["max_positions"]))
@@ -182,7 +191,9 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
     return scaling, hard
 
 
-def _rope(fields: Fields, known: dict, *, theta="rope_theta", default_theta=10000.0, part="partial_rotary_factor", default_part=1.0):
+def _rope(
+    fields: Fields, known: dict, *, theta="rope_theta", default_theta=10000.0, part="partial_rotary_factor", default_part=1.0
+):
     """rope_theta, rope_scaling and rotary_dim, in the new spelling (rope_parameters) or the old one."""
     new = fields.take(Field("rope_parameters", dict, None))
     old = fields.take(Field("rope_scaling", dict, None))
@@ -242,7 +253,9 @@ def _by_layer(fields: Fields, layers: int, window: int | None, is_windowed: Call
     if types is None:
         types = ["sliding_attention" if is_windowed(i) else "full_attention" for i in range(layers)]
     if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-        raise ConfigError(f"{fields.path}: layer_types is {types!r:.200}; it must name full_attention or sliding_attention {layers} times")
+        raise ConfigError(
+            f"{fields.path}: layer_types is {types!r:.200}; it must name full_attention or sliding_attention {layers} times"
+        )
     if window is None and "sliding_attention" in types:
         raise ConfigError(f"{fields.path}: layer_types has sliding_attention, and there is no sliding_window")
     return tuple((window or 0) if t == "sliding_attention" else 0 for t in types)
@@ -426,7 +439,9 @@ QWEN2 = Family(COMMON, {**LLAMA, "attention_bias": True, "output_bias": False}, 
 EXPERTS = {"experts_per_token": Field("num_experts_per_tok", int, 2)}
 QWEN3 = {**LLAMA, "qk_norm": "head"}
 FAMILIES: dict[str, Family] = {
-    "llama": Family({**COMMON, "attention_bias": BIAS, "mlp_bias": Field("mlp_bias", bool, False)}, LLAMA, LLAMA_NAMES, rope=_rope),
+    "llama": Family(
+        {**COMMON, "attention_bias": BIAS, "mlp_bias": Field("mlp_bias", bool, False)}, LLAMA, LLAMA_NAMES, rope=_rope
+    ),
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": Family(
@@ -506,17 +521,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         _gpt_fields(),
-        {"norm": "layer", "mlp": "plain", "attention_bias": True, "mlp_bias": True, "positions": "learned",
-         "hard_max_positions": True, "rope_theta": 1.0},
+        {
+            "norm": "layer",
+            "mlp": "plain",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "positions": "learned",
+            "hard_max_positions": True,
+            "rope_theta": 1.0,
+        },
         _gpt2_names(),
-    ),  # fmt: skip
+    ),
     "gptj": Family(
         _gpt_fields(tied=False),
-        {"norm": "layer", "mlp": "plain", "attention_bias": False, "mlp_bias": True, "head_bias": True,
-         "rope_interleaved": True, "residual": "parallel_shared"},
+        {
+            "norm": "layer",
+            "mlp": "plain",
+            "attention_bias": False,
+            "mlp_bias": True,
+            "head_bias": True,
+            "rope_interleaved": True,
+            "residual": "parallel_shared",
+        },
         _gptj_names(),
         rope=_gptj_rope,
-    ),  # fmt: skip
+    ),
     "gpt_neox": Family(
         {
             **{k: v for k, v in COMMON.items() if k not in ("num_kv_heads", "head_dim")},

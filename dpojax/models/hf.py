@@ -40,7 +40,7 @@ def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConf
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a file, mapped into memory and not read. Raises ConfigError for a damaged file.
 
     By hand, because the library cannot hand out a part of a bf16 tensor without a copy of it on a device.
@@ -96,7 +96,7 @@ class Directory:
             raise ConfigError(f"model.init={str(folder)!r}: it holds no {SINGLE} (and no index of several)")
         self.tensors: dict[str, np.ndarray] = {}
         for name in files:
-            self.tensors |= _open_safetensors(folder / name)
+            self.tensors |= open_safetensors(folder / name)
 
     def names(self) -> Collection[str]:
         return self.tensors
@@ -166,6 +166,11 @@ def places(config: ModelConfig) -> tuple[list[tuple[ParamRow, Place]], list[tupl
     outside, layer = model_rows(config), layer_rows(config)
     rows, family = {r.name: r for r in (*outside, *layer)}, FAMILIES[config.family]
     return [(r, place(r, rows, family)) for r in outside], [(r, place(r, rows, family)) for r in layer]
+
+
+def num_tensors(config: ModelConfig) -> int:
+    """How many reads `load_params` takes."""
+    return len(model_rows(config)) + config.num_layers * sum(row.experts or 1 for row in layer_rows(config))
 
 
 # --- import -----------------------------------------------------------------------------------------------------------
@@ -292,6 +297,13 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies the tokenizer's files and generation_config.json, as they are."""
+    for name in COMPANIONS:
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +386,7 @@ def _tensors_of(params: Any, config: ModelConfig, dtype) -> Iterator[tuple[str, 
                 yield at.name.format(i=i, e=e), at.shape, lambda m=members, lead=lead: whole(m, params["layers"], lead)
 
 
-def _write_safetensors(path: pathlib.Path, tensors, dtype: np.dtype, write: bool) -> dict[str, str]:
+def write_safetensors(path: pathlib.Path, tensors, dtype: np.dtype, write: bool) -> dict[str, str]:
     """One file, tensor by tensor; returns the file's checksum by its name. All processes fetch, one writes."""
     code = {np.dtype(v): k for k, v in DTYPES.items()}[dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -451,7 +463,7 @@ def export_params(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if many else [SINGLE]
     checksums: dict[str, str] = {}
     for name, tensors in zip(files, shards, strict=True):
-        checksums |= _write_safetensors(folder / name, tensors, dtype, write)
+        checksums |= write_safetensors(folder / name, tensors, dtype, write)
     if not write:
         return
     if many:
@@ -460,7 +472,6 @@ def export_params(
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
     fields = {k: v for k, v in fields.items() if k not in ("torch_dtype", "dtype")} | {"torch_dtype": dtype.name}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    for name in COMPANIONS if companions is not None else ():
-        if (companions / name).is_file() and (companions / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(companions / name, folder / name)
+    if companions is not None:
+        copy_companions(companions, folder)
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import qwix
 
 from dpojax.models.config import ModelConfig
+from dpojax.models.quantise import in_compute
 from dpojax.models.table import ParamRow, layer_rows
 
 LORA_A, LORA_B = "_lora_a", "_lora_b"
@@ -72,9 +74,11 @@ def join(base: Any, adapters: Any) -> Any:
 
 
 def merge(params: Any, config: ModelConfig, scale: float) -> Any:
-    """The tree without adapters, W + scale A B in the place of W, computed in float32."""
+    """The tree without adapters, W + scale A B in the place of W, computed in float32; quantised maps become float32."""
     layers = dict(params["layers"])
     for row in layer_rows(config):
+        if isinstance(layers[row.name], qwix.QArray):
+            layers[row.name] = in_compute(layers[row.name], jnp.float32)
         if row.name + LORA_A not in layers:
             continue
         a, b = layers.pop(row.name + LORA_A), layers.pop(row.name + LORA_B)

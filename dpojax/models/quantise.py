@@ -14,11 +14,14 @@ from dpojax.models.config import ModelConfig
 from dpojax.models.table import ParamRow, layer_rows
 
 QTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": "nf4"}
+HERE = jax.memory.Space.Device
 TILE = 64  # inputs that share a scale in nf4 (QLoRA, arXiv:2305.14314, section 3)
 
 
-def dequantise(x: Any, dtype) -> jax.Array:
-    """An array, or a quantised one, in `dtype`."""
+def in_compute(x: Any, dtype) -> jax.Array:
+    """A stored parameter as it is computed with: fetched from the host's memory, dequantised, in `dtype`."""
+    fetch = lambda leaf: jax.device_put(leaf, HERE) if jax.typeof(leaf).memory_space == jax.memory.Space.Host else leaf
+    x = jax.tree.map(fetch, x)
     return qwix.dequantize(x).astype(dtype) if isinstance(x, qwix.QArray) else x.astype(dtype)
 
 

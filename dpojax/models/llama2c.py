@@ -1,0 +1,92 @@
+"""llama2.c checkpoints (version 0: seven numbers, then float32 weights) -> a Llama, tensor by tensor.
+
+The format is that of github.com/karpathy/llama2.c: its rotary pairs are neighbours, so that the rows of q and k are put
+into the order that Hugging Face's Llama has.
+"""
+
+import math
+import pathlib
+from collections.abc import Collection
+
+import numpy as np
+
+from dpojax.errors import ConfigError
+from dpojax.models.config import ModelConfig
+
+HEADER = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_positions")
+NORM_EPS = 1e-5  # fixed in its rmsnorm()
+
+
+class Llama2cTensors:
+    """The tensors of a file under the names of Hugging Face's Llama, mapped into memory."""
+
+    def __init__(self, stacks: dict[str, np.ndarray], config: ModelConfig):
+        self.stacks, self.config = stacks, config
+
+    def names(self) -> Collection[str]:
+        layers = range(self.config.num_layers)
+        return [n.format(i=i) for n in self.stacks for i in (layers if "{i}" in n else (0,))]
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        words = name.split(".")
+        layer = next((int(w) for w in words if w.isdigit()), None)
+        pattern = ".".join("{i}" if w.isdigit() else w for w in words)
+        tensor = self.stacks[pattern] if layer is None else self.stacks[pattern][layer]
+        if pattern.endswith(("q_proj.weight", "k_proj.weight")):
+            pairs = self.config.head_dim // 2
+            tensor = tensor.reshape(-1, pairs, 2, tensor.shape[-1]).swapaxes(1, 2).reshape(tensor.shape)
+        assert tensor.shape == shape, (name, tensor.shape, shape)
+        return tensor
+
+
+def open_checkpoint(path: pathlib.Path) -> tuple[ModelConfig, Llama2cTensors]:
+    """The decoder and its tensors. Raises ConfigError for a file of another size than its header says."""
+    size = path.stat().st_size
+    header = np.fromfile(path, np.int32, 7)
+    if len(header) < 7 or (header[:5] < 1).any() or header[6] < 1 or header[0] % max(header[3], 1):
+        raise ConfigError(f"{path}: not a llama2.c checkpoint (version 0): its header is {header.tolist()}")
+    sizes = dict(zip(HEADER, header.tolist(), strict=True))
+    tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
+    head_dim = sizes["hidden_size"] // sizes["num_heads"]
+    config = ModelConfig(
+        **sizes,
+        head_dim=head_dim,
+        norm="rms",
+        norm_eps=NORM_EPS,
+        mlp="gated",
+        activation="silu",
+        rope_theta=10000.0,
+        tie_embeddings=tied,
+        attention_bias=False,
+        mlp_bias=False,
+        init_std=0.02,
+    )
+    n, d, f, v = config.num_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+    kv = config.num_kv_heads * head_dim
+    layer = "model.layers.{i}."
+    shapes = {
+        "model.embed_tokens.weight": (v, d),
+        f"{layer}input_layernorm.weight": (n, d),
+        f"{layer}self_attn.q_proj.weight": (n, d, d),
+        f"{layer}self_attn.k_proj.weight": (n, kv, d),
+        f"{layer}self_attn.v_proj.weight": (n, kv, d),
+        f"{layer}self_attn.o_proj.weight": (n, d, d),
+        f"{layer}post_attention_layernorm.weight": (n, d),
+        f"{layer}mlp.gate_proj.weight": (n, f, d),
+        f"{layer}mlp.down_proj.weight": (n, d, f),
+        f"{layer}mlp.up_proj.weight": (n, f, d),
+        "model.norm.weight": (d,),
+        "": (config.max_positions, head_dim),  # tables of the rotary angles, which are computed here
+        **({} if tied else {"lm_head.weight": (v, d)}),
+    }
+    whole = 28 + 4 * sum(math.prod(s) for s in shapes.values())
+    if size != whole:
+        raise ConfigError(
+            f"{path}: it has {size} bytes, and a llama2.c checkpoint with the header {header.tolist()} has {whole}"
+        )
+    stacks, offset = {}, 28
+    for name, shape in shapes.items():
+        if name:
+            stacks[name] = np.memmap(path, np.float32, "r", offset, shape)
+        offset += 4 * math.prod(shape)
+    return config, Llama2cTensors(stacks, config)

@@ -1,0 +1,179 @@
+"""PEFT adapters (adapter_config.json + adapter_model.safetensors) <-> trees of A and B.
+
+Where a family keeps several of our maps in one tensor (qkv_proj), PEFT adapts that tensor: its A serves all of them and
+its B is cut; ours are joined block by block into an adapter of their summed rank.
+"""
+
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dpojax.errors import ConfigError
+from dpojax.models import hf
+from dpojax.models.config import ModelConfig
+from dpojax.models.families import FAMILIES
+from dpojax.models.lora import LORA_A, LORA_B
+from dpojax.models.table import layer_rows
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Fields of adapter_config.json that change nothing here.
+INERT = {
+    *("peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "lora_dropout"),
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "init_lora_weights",
+        "fan_in_fan_out",
+        "peft_version",
+        "use_rslora",
+        "parent_library",
+    ),
+    *(
+        "rank_pattern",
+        "alpha_pattern",
+        "exclude_modules",
+        "layer_replication",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+    ),
+    *("runtime_config", "eva_config", "corda_config", "qalora_group_size", "layers_pattern", "ensure_weight_tying"),
+}
+
+
+def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """adapter_config.json. Raises ConfigError for what is no plain LoRA."""
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{path}: peft_type is {settings.get('peft_type')!r}; it must be 'LORA'")
+    neutral = (None, False, "none", [], {}, 0)
+    for name, value in settings.items():
+        if name not in INERT and value not in neutral:
+            raise ConfigError(f"{path}: {name} is {value!r:.80}, which this version does not compute")
+    return settings
+
+
+def base_folder(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+    """The base model's folder: base_model_name_or_path, as it is or beside the adapter. Raises ConfigError otherwise."""
+    name = settings.get("base_model_name_or_path") or ""
+    for place in (pathlib.Path(name), folder / name):
+        if name and place.exists():
+            return place
+    raise ConfigError(f"{folder / CONFIG}: base_model_name_or_path is {name!r}; there is no such folder here")
+
+
+def _by_tensor(config: ModelConfig, names: set[str]) -> dict[str, list]:
+    """The linear maps out of `names`, by the tensor that holds them: (row, place) in the tensor's order."""
+    rows = {r.name: r for r in layer_rows(config)}
+    found: dict[str, list] = {}
+    for name in rows:
+        if name in names and rows[name].in_dims:
+            at = hf.place(rows[name], rows, FAMILIES[config.family])
+            found.setdefault(at.name, []).append((rows[name], at))
+    return {name: sorted(members, key=lambda m: m[1].start) for name, members in found.items()}
+
+
+def load_adapters(folder: pathlib.Path, settings: dict[str, Any], config: ModelConfig) -> tuple[dict, float]:
+    """(the tree of adapters in float32, their scale). Raises ConfigError for tensors that fit no map of the model."""
+    path = folder / WEIGHTS
+    tensors = hf.open_safetensors(path)
+    plain = {r.name for r in layer_rows(config) if r.in_dims and not r.experts and r.name != "router"}
+    scale = _scale(settings, "", settings["r"])
+    layers: dict[str, np.ndarray] = {}
+    read: set[str] = set()
+    for pattern, members in _by_tensor(config, plain).items():
+        module = pattern.removesuffix(".weight")
+        own = [f"{PREFIX}{module.format(i=i)}" for i in range(config.num_layers)]
+        there = [f"{n}.lora_A.weight" in tensors for n in own]
+        if not any(there):
+            continue
+        if not all(there):
+            raise ConfigError(
+                f"{path}: {module} is adapted in some layers and not in others, which this version does not compute"
+            )
+        for row, at in members:
+            inputs, outputs = row.map_shape
+            a, b = [], []
+            for name in own:
+                pair = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+                read |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+                low, high = (np.asarray(x, np.float32) for x in pair)
+                if low.shape[1:] != (math.prod(inputs),) or high.shape != (at.of * at.groups, len(low)):
+                    raise ConfigError(f"{path}: {name} has the shapes {low.shape} and {high.shape}, which do not fit the model")
+                a.append(low.T.reshape(*inputs, -1))
+                grouped = high.reshape(at.groups, at.of, -1)[:, at.start : at.stop].reshape(-1, len(low))
+                b.append(grouped.T.reshape(-1, *outputs) * (_scale(settings, name.removeprefix(PREFIX), len(low)) / scale))
+            layers[row.name + LORA_A], layers[row.name + LORA_B] = np.stack(a), np.stack(b)
+    if set(tensors) - read:
+        raise ConfigError(
+            f"{path}: {', '.join(sorted(set(tensors) - read)[:3])} belong to no linear map of this model's layers"
+        )
+    return {"layers": {k: jnp.asarray(v) for k, v in layers.items()}}, scale
+
+
+def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / rank of a module (alpha / sqrt(rank) with use_rslora)."""
+    patterns = settings.get("alpha_pattern") or {}
+    own = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"])
+    return own / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def export_adapters(adapters: Any, config: ModelConfig, folder: pathlib.Path, *, scale: float, base: str) -> None:
+    """Writes adapters as PEFT reads them.
+
+    Args:
+      adapters: tree of A and B.
+      scale: alpha / rank.
+      base: base_model_name_or_path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = {k: np.asarray(v, np.float32) for k, v in adapters["layers"].items()}
+    names = {k.removesuffix(LORA_A) for k in layers if k.endswith(LORA_A)}
+    tensors: list = []
+    ranks: dict[str, int] = {}
+    for pattern, members in _by_tensor(config, names).items():
+        module = pattern.removesuffix(".weight")
+        for i in range(config.num_layers):
+            low, high, first = [], [], 0
+            total = sum(layers[row.name + LORA_A].shape[-1] for row, _ in members)
+            for row, at in members:
+                a, b = layers[row.name + LORA_A][i], layers[row.name + LORA_B][i]
+                rank = a.shape[-1]
+                low.append(a.reshape(-1, rank).T)
+                block = np.zeros((at.groups, at.of, total), np.float32)
+                block[:, at.start : at.stop, first : first + rank] = b.reshape(rank, -1).T.reshape(at.groups, -1, rank)
+                high.append(block.reshape(-1, total))
+                first += rank
+            name = f"{PREFIX}{module.format(i=i)}"
+            ranks[module.split("{i}.")[-1]] = total
+            for end, x in (("A", np.concatenate(low)), ("B", np.sum(high, axis=0))):
+                tensors.append((f"{name}.lora_{end}.weight", x.shape, lambda x=x: np.ascontiguousarray(x)))
+    hf.write_safetensors(folder / WEIGHTS, tensors, np.dtype(np.float32), True)
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {k: v for k, v in ranks.items() if v != rank}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": others,
+        "alpha_pattern": {k: scale * v for k, v in others.items()},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": config.family == "gpt2",
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,125 @@
+"""Where weights come from: a Hugging Face directory, PEFT adapters over one, a dpojax run, or a llama2.c file.
+
+Everything that takes a model (--config.model.init, convert, generate, score) opens it here.
+"""
+
+import pathlib
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpojax.checkpoint import Checkpoints, newest_step
+from dpojax.errors import ConfigError
+from dpojax.models import ModelConfig, hf, llama2c, lora, peft
+from dpojax.models.families import read_fields
+
+Progress = Callable[[int], None]
+
+
+class Weights(NamedTuple):
+    """A model on disk, before any of its weights is read."""
+
+    config: ModelConfig
+    fields: dict[str, Any] | None  # of config.json, where it came from one
+    companions: pathlib.Path | None  # the folder whose tokenizer files belong to it
+    # (shardings, dtype, progress) -> the parameters, adapters merged; shardings shaped like the parameters
+    load: Callable[[Any, Any, Progress], Any]
+
+
+def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
+    """The weights at `path`.
+
+    Args:
+      path: a directory (Hugging Face, PEFT adapter, dpojax workdir or checkpoint), or a llama2.c `.bin` file.
+      ignore: fields of config.json that are known not to matter.
+    Raises: ConfigError if there are none, or they cannot be read.
+    """
+    place = pathlib.Path(path) if "\0" not in path else pathlib.Path()
+    if "\0" not in path and place.is_file():
+        return _from_llama2c(place)
+    if "\0" in path or not place.is_dir():
+        raise ConfigError(f"model.init={path!r}: there is no such folder")
+    if (place / peft.CONFIG).is_file():
+        return _from_peft(place, ignore)
+    if (place / "config.json").is_file():
+        return _from_directory(place, ignore)
+    if (step := newest_step(place)) is not None:
+        return _from_checkpoint(step, ignore)
+    raise ConfigError(f"model.init={path!r}: neither a Hugging Face directory nor a dpojax checkpoint")
+
+
+def _from_directory(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
+    config = hf.read_config(folder, ignore)
+    load = lambda shardings, dtype, progress: hf.load_params(folder, config, shardings, dtype, progress)
+    return Weights(config, read_fields(folder), folder, load)
+
+
+def _from_llama2c(path: pathlib.Path) -> Weights:
+    config, tensors = llama2c.open_checkpoint(path)
+    load = lambda shardings, dtype, progress: hf.load_params(tensors, config, shardings, dtype, progress)
+    return Weights(config, hf.llama_fields(config, bos_id=1, eos_id=2), None, load)
+
+
+def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
+    settings = peft.read_settings(folder)
+    base = open_weights(str(peft.base_folder(folder, settings)), ignore=ignore)
+
+    def load(shardings, dtype, progress):
+        params = base.load(shardings, dtype, progress)
+        adapters, scale = peft.load_adapters(folder, settings, base.config)
+        merged = jax.jit(lambda p, a: lora.merge(lora.join(p, a), base.config, scale), out_shardings=shardings)
+        return merged(params, adapters)
+
+    own = folder if any((folder / n).is_file() for n in hf.COMPANIONS) else base.companions
+    return base._replace(load=load, companions=own)
+
+
+def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
+    found, number = Checkpoints(step.parent, keep=10**6), int(step.name)
+    meta = found.meta(number)
+    config = ModelConfig(**meta["model"])
+    workdir = step.parent.parent
+    companions = workdir / "tokenizer" if (workdir / "tokenizer").is_dir() else None
+    adapter = meta.get("adapter")
+    if adapter is None:
+
+        def load(shardings, dtype, progress):
+            del progress
+            abstract = jax.tree.map(lambda s, x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shardings, _shapes(config))
+            return found.restore_params(number, abstract, shardings, meta)
+
+        return Weights(config, meta.get("fields"), companions, load)
+    base = _base_of(workdir, meta, ignore)
+
+    def load_merged(shardings, dtype, progress):
+        params = base.load(shardings, dtype, progress)
+        rows = lora.adapter_rows(config, adapter["targets"], adapter["rank"])
+        shapes = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), rows, config.num_layers, jnp.float32))
+        whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
+        spread = jax.tree.map(lambda x: whole, shapes)
+        adapters = found.restore_params(number, shapes, spread, meta)
+        merged = jax.jit(lambda p, a: lora.merge(lora.join(p, a), config, adapter["scale"]), out_shardings=shardings)
+        return merged(params, adapters)
+
+    return Weights(config, meta.get("fields"), companions, load_merged)
+
+
+def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str]) -> Weights:
+    """What lies under a run's adapters: its SFT stage's result, or its model.init."""
+    if (step := newest_step(workdir / "sft")) is not None:
+        return _from_checkpoint(step, ignore)
+    init = meta["config"]["model"]["init"]
+    if not init:
+        raise ConfigError(f"{workdir}: its adapters stand on random weights that no folder holds; there is nothing to load")
+    return open_weights(init, ignore=ignore)
+
+
+def _shapes(config: ModelConfig) -> Any:
+    """ShapeDtypeStructs of the parameters."""
+    from dpojax.models.table import layer_rows, model_rows
+
+    tree: dict[str, Any] = {r.name: jax.ShapeDtypeStruct(r.shape, jnp.float32) for r in model_rows(config)}
+    stacked = {r.name: jax.ShapeDtypeStruct((config.num_layers, *r.shape), jnp.float32) for r in layer_rows(config)}
+    return {**tree, "layers": stacked}
