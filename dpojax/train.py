@@ -387,11 +387,13 @@ class Balance:
     def counts(self, model: Model, params, batch: PackedBatch, keys) -> Float[Array, "X"]:
         """How often each expert was chosen in the step; zeros for a step of one micro-batch, which counts for itself."""
 
-        def body(i, total):
-            return total + hidden_by_shard(model, params, micro_batch(batch, i), keys(i))[1].counts
+        def own(i):
+            routing = hidden_by_shard(model, params, micro_batch(batch, i), keys(i))[1]
+            assert routing is not None  # the model has experts
+            return routing.counts
 
-        one = jax.eval_shape(lambda: hidden_by_shard(model, params, micro_batch(batch, 0), keys(0))[1].counts)
-        zero = jnp.zeros(one.shape, jnp.float32)
+        body = lambda i, total: total + own(i)
+        zero = jnp.zeros(jax.eval_shape(own, 0).shape, jnp.float32)
         several = jnp.where(batch.num_micro > 1, batch.num_micro, 0)
         return jax.lax.stop_gradient(jax.lax.fori_loop(0, several, body, zero))
 
@@ -478,9 +480,10 @@ def preference_gradients(
             keys = lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), i)
         if balance is None:
             return policy, keys, None
-        counts = balance.counts(model, policy(state.params), batch, keys)
+        chosen = balance
+        counts = chosen.counts(model, policy(state.params), batch, keys)
         pairs = batch.num_pairs.astype(jnp.float32)
-        return policy, keys, lambda routing: pairs * balance.part(routing, counts, batch)
+        return policy, keys, lambda routing: pairs * chosen.part(routing, counts, batch)
 
     def separate(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params, base=None) -> Gradients:
         count = batch.num_pairs.astype(jnp.float32)

@@ -200,7 +200,7 @@ def blocked_attention(
         start = start + jnp.maximum(0, position - window + 1)
     split = lambda x: x.reshape(num_rows, count, block).transpose(1, 0, 2)
     first = split(start).min(axis=(1, 2)) // block
-    out = _blocked(q, k, v, _Blocks(split(group), split(branch), split(position), first, window), softcap)
+    out: Array = _blocked(q, k, v, _Blocks(split(group), split(branch), split(position), first, window), softcap)
     out = out.reshape(count, num_rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(num_rows, length + padding, heads, head_dim)[:, :length].reshape(shape)
 

@@ -274,7 +274,8 @@ def make_decoder(
         parts = Parts(attention, mix, constrain, adapter)
         rngs = None if key is None else {"dropout": key}
         decoder = _Decoder(config, dtype, param_dtype, parts, remat)
-        return decoder.apply({"params": params}, tokens, positions, where, real, cache, key, rngs=rngs)
+        found: Any = decoder.apply({"params": params}, tokens, positions, where, real, cache, key, rngs=rngs)
+        return found
 
     def train_attention(q, k, v, where, cache, window, *, softcap):
         return attention(q, k, v, where, window, softcap=softcap), cache

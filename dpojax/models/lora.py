@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 from dpojax.models.config import ModelConfig
-from dpojax.models.quantise import in_compute
+from dpojax.models.quantise import in_compute, is_quantised
 from dpojax.models.table import ParamRow, layer_rows
 
 LORA_A, LORA_B = "_lora_a", "_lora_b"
@@ -77,7 +76,7 @@ def merge(params: Any, config: ModelConfig, scale: float) -> Any:
     """The tree without adapters, W + scale A B in the place of W, computed in float32; quantised maps become float32."""
     layers = dict(params["layers"])
     for row in layer_rows(config):
-        if isinstance(layers[row.name], qwix.QArray):
+        if is_quantised(layers[row.name]):
             layers[row.name] = in_compute(layers[row.name], jnp.float32)
         if row.name + LORA_A not in layers:
             continue

@@ -4,12 +4,13 @@ Quantised leaves are qwix QArrays in the place of the arrays; the decoder turns 
 of the computation, so that the whole model never exists in it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import qwix
 
+from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
 from dpojax.models.table import ParamRow, layer_rows
 
@@ -18,14 +19,29 @@ HERE = jax.memory.Space.Device
 TILE = 64  # inputs that share a scale in nf4 (QLoRA, arXiv:2305.14314, section 3)
 
 
+class Packed(NamedTuple):
+    """An nf4 array, two values in a byte: XLA's own 4-bit arrays have no stable layout as arguments of a compiled program."""
+
+    pairs: jax.Array  # uint8, the last dimension half as long
+    scale: jax.Array
+
+
 def in_compute(x: Any, dtype) -> jax.Array:
     """A stored parameter as it is computed with: fetched from the host's memory, dequantised, in `dtype`."""
     fetch = lambda leaf: jax.device_put(leaf, HERE) if jax.typeof(leaf).memory_space == jax.memory.Space.Host else leaf
     x = jax.tree.map(fetch, x)
+    if isinstance(x, Packed):
+        halves = jnp.stack([x.pairs & 15, x.pairs >> 4], axis=-1).astype(jnp.uint4)
+        x = qwix.QArray(halves.reshape(*x.pairs.shape[:-1], -1), x.scale, qtype="nf4")
     return qwix.dequantize(x).astype(dtype) if isinstance(x, qwix.QArray) else x.astype(dtype)
 
 
-def _quantise(row: ParamRow, x: jax.Array, kind: str) -> qwix.QArray:
+def is_quantised(x: Any) -> bool:
+    """Whether a leaf of the parameters is a quantised one."""
+    return isinstance(x, Packed | qwix.QArray)
+
+
+def _quantise(row: ParamRow, x: jax.Array, kind: str) -> "qwix.QArray | Packed":
     """One stacked parameter of the layers: axes (layers[, experts], inputs..., outputs...)."""
     inputs = range(x.ndim - len(row.shape) + bool(row.experts), x.ndim - len(row.map_shape[1]))
     channels = [a for a in range(x.ndim) if a not in inputs]
@@ -35,7 +51,13 @@ def _quantise(row: ParamRow, x: jax.Array, kind: str) -> qwix.QArray:
         tiles[last] = TILE if x.shape[last] % TILE == 0 else 1.0
         for a in list(inputs)[:-1]:
             tiles[a] = 1
-        return qwix.quantize(x, "nf4", channelwise_axes=channels, tiled_axes=tiles, scale_dtype=jnp.float32)
+        found = qwix.quantize(x, "nf4", channelwise_axes=channels, tiled_axes=tiles, scale_dtype=jnp.float32)
+        if x.shape[-1] % 2:
+            raise ConfigError(
+                f"nf4 keeps two values in a byte, and the last dimension of {row.name}, {x.shape}, is odd; take int8"
+            )
+        halves = found.qvalue.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2)
+        return Packed(halves[..., 0] | (halves[..., 1] << 4), found.scale)
     return qwix.quantize(x, QTYPES[kind], channelwise_axes=channels, scale_dtype=jnp.float32)
 
 
