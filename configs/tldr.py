@@ -58,6 +58,8 @@ def default() -> ConfigDict:
     c.data.eval_max_pairs = 512  # 0: all
     c.data.on_bad_line = "error"  # or skip, up to
     c.data.max_bad_share = 0.01
+    c.data.chat_template = ""  # .jinja file for message lists; "": the tokenizer's own, unless there is a prompt_template
+    c.data.mask_template = False  # True: what a chat template puts around an answer counts in no log-prob (Llama 3)
     c.data.mask_tokens = ""  # formatting tokens, comma-separated, that count in no log-prob of the preference stage
     c.data.workers = 0  # processes that tokenise and pack; 0: threads
 

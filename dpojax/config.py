@@ -56,6 +56,8 @@ class DataConfig:
     eval_max_pairs: int  # 0 = all
     on_bad_line: str  # error or skip
     max_bad_share: float  # with skip: more than this share of bad lines is an error after all
+    chat_template: str  # .jinja file for message lists; "" = the tokenizer's own, where there is no prompt_template
+    mask_template: bool  # what a chat template puts around an answer counts in no log-prob of the preference stage
     mask_tokens: str  # comma-separated formatting tokens that count in no log-prob of the preference stage
     workers: int  # processes that tokenise and pack; 0 = threads of this process
 

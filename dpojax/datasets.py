@@ -10,7 +10,7 @@ import numpy as np
 from dpojax.data import world
 from dpojax.data.index import Dataset, Index, load_or_build_index
 from dpojax.data.records import Records, open_records
-from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, load_tokenizer, mask_ids
+from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, chat_template, load_tokenizer, mask_ids
 from dpojax.data.triples import RowReader
 from dpojax.errors import ConfigError, DataError
 from dpojax.job import Job, same_everywhere
@@ -31,10 +31,12 @@ class Data(NamedTuple):
 
 def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0) -> tuple[Dataset, Index]:
     config = job.config.data
-    reader = RowReader(config.prompt_template, kind)
+    chat = None if tokenizer is None or config.prompt_template else chat_template(tokenizer, config.chat_template)
+    reader = RowReader(config.prompt_template, kind, chat)
     limits = Limits(config.max_prompt_tokens, config.max_response_tokens)
     masked = frozenset() if kind == "sft" else mask_ids(config.mask_tokens, tokenizer)
-    data = Dataset(records, reader, tokenizer, limits, flip, job.config.seed, masked)
+    mask_template = config.mask_template and kind != "sft"
+    data = Dataset(records, reader, tokenizer, limits, flip, job.config.seed, masked, mask_template)
     progress = job.progress(f"reading {records.name}", records.size, "rows")
     index = load_or_build_index(
         data,
@@ -48,7 +50,7 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
     if absent and tokenizer is not None:
         raise ConfigError(
             f"data.mask_tokens names {', '.join(repr(tokenizer.piece(i)) for i in absent)}, and no response of {records.name} holds it "
-            "(text that spells a special token is read as plain text); rows of ids have chosen_mask and rejected_mask"
+            "(text that spells a special token is read as plain text, unless a chat template wrote it); rows of ids have chosen_mask and rejected_mask"
         )
     counts, left_out = index.counts, [*index.dropped, *index.bad]
     notes = [f"{v} {k.removeprefix('dropped/')}" for k, v in counts.items() if k.startswith("dropped/") and v]

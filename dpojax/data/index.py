@@ -23,7 +23,7 @@ from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
 
-VERSION = 4  # raise it when a change of this package changes lengths or verdicts
+VERSION = 5  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -132,6 +132,7 @@ class Dataset:
     flip_labels: float = 0.0
     seed: int = 0
     mask_ids: frozenset[int] = frozenset()  # formatting tokens, which count in no log-prob
+    mask_template: bool = False  # and all that a chat template puts around an answer
 
     def text_group(self, row: int) -> Group:
         """The group of a source row, labels flipped where `flip_labels` says so."""
@@ -154,13 +155,17 @@ class Dataset:
                 "".join((group.prompt, *map(str, group.responses))).encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
-        return tokenize(group, self.tokenizer, self.limits, row, self.mask_ids)
+        try:
+            return tokenize(group, self.tokenizer, self.limits, row, self.mask_ids, self.mask_template)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a token or a label."""
         parts: list[Any] = [VERSION, self.records.fingerprint, self.tokenizer and self.tokenizer.fingerprint]
         parts += [list(self.limits), self.reader.prompt_template, self.reader.kind, sorted(self.mask_ids)]
-        parts += [self.flip_labels, self.seed if self.flip_labels else 0]
+        parts += [self.flip_labels, self.seed if self.flip_labels else 0, self.mask_template]
+        parts += [self.reader.chat and list(self.reader.chat[:3])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -1,12 +1,14 @@
 """Group -> TokenGroup: token ids with BOS, EOS and truncation. Text ends here.
 
 BOS stands once, at the start of the prompt; EOS ends every response that was not cut. A response is
-encoded as the continuation of its prompt: no dummy prefix, no BOS. Limits count BOS and EOS.
+encoded as the continuation of its prompt: no dummy prefix, no BOS. Limits count BOS and EOS. Text by a chat
+template holds its special tokens itself, BOS and ends of turns included; nothing is added to it.
 """
 
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -16,20 +18,27 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from dpojax.data.chat import ChatTemplate, TemplateError, find_template
 from dpojax.data.packing import TokenGroup
 from dpojax.data.triples import Dropped, Group, keep_sound
-from dpojax.errors import ConfigError
+from dpojax.errors import ConfigError, DataError
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode_*` add no special token."""
+    """Text to ids and back. `encode_*` add no special token.
+
+    `encode_chat` alone reads special tokens (`specials`) out of the text; it returns where each token stands in it, too.
+    """
 
     bos_id: int | None
     eos_id: int
     pad_id: int
     vocab_size: int
     fingerprint: str
+    folder: pathlib.Path | None  # where its file lies
 
+    def specials(self) -> dict[str, int]: ...
+    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]: ...
     def encode_prompt(self, text: str) -> list[int]: ...
     def encode_continuation(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -41,8 +50,8 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A sentencepiece `.model`."""
 
-    def __init__(self, model: bytes, name: str):
-        self.model, self.name = model, name
+    def __init__(self, model: bytes, name: str, folder: pathlib.Path | None = None):
+        self.model, self.name, self.folder = model, name, folder
         self._load()
 
     def _load(self):
@@ -66,10 +75,29 @@ class SentencePieceTokenizer:
         self._squeezes = self._continuation.encode(" a") == self._continuation.encode("a")
 
     def __getstate__(self):
-        return {"model": self.model, "name": self.name}
+        return {"model": self.model, "name": self.name, "folder": self.folder}
 
     def __setstate__(self, state):
-        self.__init__(state["model"], state["name"])
+        self.__init__(**state)
+
+    def specials(self) -> dict[str, int]:
+        ids = [i for i in range(self.vocab_size) if self._prompt.is_control(i)]
+        return {self._prompt.id_to_piece(i): i for i in ids}
+
+    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        specials = self.specials()
+        ids, spans, place = [], [], 0
+        for part in re.split(f"({'|'.join(map(re.escape, specials))})", text):
+            if part in specials:
+                ids.append(specials[part])
+                spans.append((place, place + len(part)))
+            elif part:
+                plain = self._continuation if continuation or place else self._prompt
+                found = plain.encode(part, return_type="proto").pieces
+                ids += [p.id for p in found]
+                spans += [(place + p.begin, place + p.end) for p in found]
+            place += len(part)
+        return ids, spans
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prompt.encode(text)
@@ -98,6 +126,7 @@ class JsonTokenizer:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self.folder: pathlib.Path | None = path.parent
         self._load()
 
     def _load(self):
@@ -113,6 +142,7 @@ class JsonTokenizer:
             tokenizer.encode_special_tokens = True
             tokenizer.no_truncation()
             tokenizer.no_padding()
+        self._text, self._chat = text, {}
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
         names = _special_names(self.path.parent)
         self.bos_id = self._id(names.get("bos_token"))
@@ -141,6 +171,19 @@ class JsonTokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         return self._continuation.encode(text, add_special_tokens=False).ids
+
+    def specials(self) -> dict[str, int]:
+        return {t.content: i for i, t in self._prompt.get_added_tokens_decoder().items() if t.special}
+
+    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        if continuation not in self._chat:  # made when first asked for: most runs have no chat template
+            spec = json.loads(self._text)
+            made = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec) if continuation else spec))
+            made.no_truncation()
+            made.no_padding()
+            self._chat[continuation] = made
+        found = self._chat[continuation].encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         # BOS and EOS by hand: `skip_special_tokens` leaves those that the vocabulary itself holds.
@@ -231,7 +274,50 @@ def load_tokenizer(path: str) -> Tokenizer:
     model = file.read_bytes()
     if not model:
         raise ConfigError(f"tokenizer {path!r}: the file is empty")
-    return SentencePieceTokenizer(model, file.name)
+    return SentencePieceTokenizer(model, file.name, file.parent)
+
+
+def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
+    """The tokenizer's own chat template, or that of a file; None if there is none.
+
+    Raises: ConfigError if it cannot be read, or not be split into prompt and response.
+    """
+    if file:
+        path = pathlib.Path(file)
+        if "\0" in file or not path.is_file():
+            raise ConfigError(f"data.chat_template={file!r}: there is no such file")
+        source, name = path.read_text(encoding="utf-8"), f"data.chat_template={file!r}"
+    else:
+        source = None if tokenizer.folder is None else find_template(tokenizer.folder)
+        name = f"the chat template in {tokenizer.folder}"
+    if source is None:
+        return None
+    names = {} if tokenizer.folder is None else _special_names(tokenizer.folder)
+    if tokenizer.bos_id is not None:
+        names.setdefault("bos_token", tokenizer.piece(tokenizer.bos_id))
+    names.setdefault("eos_token", tokenizer.piece(tokenizer.eos_id))
+    return ChatTemplate(source, tuple(sorted(names.items())), tuple(tokenizer.specials()), name)
+
+
+def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
+    """The tokens that end a response: EOS, those of generation_config.json, and what the chat template puts after an answer."""
+    found = [tokenizer.eos_id]
+    path = None if tokenizer.folder is None else tokenizer.folder / "generation_config.json"
+    if path is not None and path.is_file():
+        try:
+            own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a JSON object ({error})") from error
+        found += own if isinstance(own, list) else [own] if isinstance(own, int) else []
+    if template is not None:
+        try:
+            words = template.split([{"role": "user", "content": "Hello"}], {"role": "assistant", "content": "Good day"})
+        except TemplateError as error:
+            raise ConfigError(f"{template.name}: {error}") from error
+        ids, spans = tokenizer.encode_chat(words.response, continuation=True)
+        special, end = set(tokenizer.specials().values()), words.content[1] if words.content else 0
+        found += [i for i, (start, _) in zip(ids, spans, strict=True) if i in special and start >= end][:1]
+    return tuple(dict.fromkeys(found))
 
 
 class Limits(NamedTuple):
@@ -249,13 +335,20 @@ class Cut(NamedTuple):
     dropped: tuple[str, ...]  # the reason of each pair that was left out while others of its group stay
 
 
-def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
+def prompt_ids(
+    prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int, *, chat: bool = False
+) -> tuple[list[int], int]:
     """The prompt's ids and how many were cut: from the left, BOS kept."""
     if not isinstance(prompt, str):
         return list(prompt), 0  # ready ids are used as they are
     assert tokenizer is not None
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = tokenizer.encode_prompt(prompt)
+    if chat:
+        ids, _ = tokenizer.encode_chat(prompt, continuation=False)
+        first = first if ids[:1] == first else []
+        ids = ids[len(first) :]
+    else:
+        ids = tokenizer.encode_prompt(prompt)
     cut = max(0, len(first) + len(ids) - limit)
     return first + ids[cut:], cut
 
@@ -267,6 +360,19 @@ def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, lim
     assert tokenizer is not None
     ids = [*tokenizer.encode_continuation(response), tokenizer.eos_id]
     return ids[:limit], max(0, len(ids) - limit)
+
+
+def chat_response_ids(
+    response: str, content: tuple[int, int] | None, tokenizer: Tokenizer, limit: int
+) -> tuple[list[int], int, np.ndarray]:
+    """As `response_ids`, of a chat template's text, with which of the tokens are the message's own words.
+
+    Raises: DataError if the template changed the words, so that they are not known.
+    """
+    ids, spans = tokenizer.encode_chat(response, continuation=True)
+    start, stop = content or (0, len(response))
+    own = np.asarray([a < stop and b > start for a, b in spans], bool)
+    return ids[:limit], max(0, len(ids) - limit), own[:limit]
 
 
 def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -297,14 +403,31 @@ def _counted(responses: Sequence[np.ndarray], masks: Sequence[Sequence[int]] | N
 
 
 def tokenize(
-    group: Group, tokenizer: Tokenizer | None, limits: Limits, row: int, masked: frozenset[int] = frozenset()
+    group: Group,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    row: int,
+    masked: frozenset[int] = frozenset(),
+    mask_template: bool = False,
 ) -> tuple[TokenGroup, Cut]:
-    """Token ids of a group; `masked` are the ids of formatting tokens.
+    """Token ids of a group; `masked` are the ids of formatting tokens, `mask_template`: and all that a chat template adds.
 
-    Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from.
+    Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from; DataError where
+      the words of a message are to be told from what a template adds, and it changed them.
     """
-    prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt)
-    responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
+    prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt, chat=group.contents is not None)
+    if group.contents is None:
+        responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
+    else:
+        assert tokenizer is not None
+        if mask_template and None in group.contents:
+            raise DataError(
+                "data.mask_template: the chat template changes the words of a message, so that they cannot be told from its own"
+            )
+        texts = zip(map(str, group.responses), group.contents, strict=True)
+        responses, cuts, own = zip(*(chat_response_ids(r, c, tokenizer, limits.response) for r, c in texts), strict=True)
+        if mask_template:
+            group = group._replace(masks=tuple(tuple(o.tolist()) for o in own))
     if not prompt:
         raise Dropped("empty_prompt")
     arrays = [np.asarray(r, np.int32) for r in responses]

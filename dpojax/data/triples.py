@@ -4,7 +4,8 @@ Shapes of rows, told apart by their columns:
 
   explicit     prompt, chosen, rejected                       strings
   transcripts  chosen, rejected                               whole "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
-  messages     chosen, rejected [, prompt]                    lists of {role, content}
+  messages     chosen, rejected [, prompt]                    lists of {role, content}; by data.prompt_template, else by the
+                                                              tokenizer's chat template [, tools]
   ranked       prompt, responses, scores | ranks              K responses; pairs of every two that differ
   token ids    prompt_ids, chosen_ids, rejected_ids           used as they are; chosen_mask, rejected_mask: 0 at
                                                               formatting tokens
@@ -20,6 +21,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dpojax.data.chat import ChatTemplate, TemplateError
 from dpojax.data.packing import TokenPair
 from dpojax.data.records import Row
 from dpojax.errors import ConfigError, DataError
@@ -33,6 +35,7 @@ DROPPED = {
     "role_order": "a dialogue does not end in an assistant's answer to somebody",
     "no_preference": "no two responses have different scores",
     "conflicting_scores": "equal responses have different scores",
+    "special_token": "a message spells a special token of the tokenizer, which its chat template would pass on as one",
     "undesirable": "the response is labelled as a bad one, and SFT learns good ones",
 }
 
@@ -53,6 +56,8 @@ class Group(NamedTuple):
     pairs: tuple[TokenPair, ...]
     dropped: tuple[str, ...] = ()  # the reason of each pair that was left out, keys of DROPPED
     masks: tuple[tuple[int, ...], ...] | None = None  # of each response's ids: 0 at formatting tokens
+    # By a chat template: where the message's own words stand in each response. The texts hold all special tokens themselves.
+    contents: tuple[tuple[int, int] | None, ...] | None = None
 
 
 class Sound(NamedTuple):
@@ -95,6 +100,7 @@ class RowReader:
 
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
     kind: str = "pairs"  # "sft": only the chosen response; "unpaired": a label for each response
+    chat: ChatTemplate | None = None  # for message lists where there is no prompt_template
 
     def read(self, row: Row, where: str) -> Group:
         """The group of a row.
@@ -102,9 +108,9 @@ class RowReader:
         Raises:
           DataError: a column is missing or has a wrong type; names `where`, the column and the value.
           Dropped: the row is sound but holds no preference.
-          ConfigError: message lists without data.prompt_template.
+          ConfigError: message lists without data.prompt_template or chat template.
         """
-        group = _read_row(row, where, self.prompt_template)
+        group = _read_row(row, where, self.prompt_template, self.chat)
         if self.kind == "unpaired" and group.pairs:
             group = _unpair(group, where)
         elif self.kind != "pairs" and not group.pairs:
@@ -112,21 +118,23 @@ class RowReader:
         if isinstance(group.prompt, str):
             if not group.prompt.strip():
                 raise Dropped("empty_prompt")
-            if self.prompt_template:
+            if self.prompt_template and group.contents is None:
                 group = group._replace(prompt=self.prompt_template.format(prompt=group.prompt))
         elif not group.prompt:
             raise Dropped("empty_prompt")
         sound = keep_sound(group.responses, group.pairs, had_pairs=bool(group.pairs))
-        masks = None if group.masks is None else tuple(group.masks[i] for i in sound.kept)
-        group = Group(group.prompt, sound.responses, sound.pairs, group.dropped + sound.reasons, masks)
+        kept = lambda values: None if values is None else tuple(values[i] for i in sound.kept)
+        reasons, masks, contents = group.dropped + sound.reasons, kept(group.masks), kept(group.contents)
+        group = Group(group.prompt, sound.responses, sound.pairs, reasons, masks, contents)
         if self.kind == "sft" and group.pairs:
             never_rejected = {p.chosen for p in group.pairs} - {p.rejected for p in group.pairs}
             best = min(never_rejected or {group.pairs[0].chosen})
-            return Group(group.prompt, (group.responses[best],), ())
+            own = None if group.contents is None else (group.contents[best],)
+            return Group(group.prompt, (group.responses[best],), (), contents=own)
         return group
 
 
-def _read_row(row: Row, where: str, template: str) -> Group:
+def _read_row(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
     row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one: joined tables have them
     if "prompt_ids" in row or "chosen_ids" in row:
         ids = [_ids(row, key, where) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
@@ -136,6 +144,8 @@ def _read_row(row: Row, where: str, template: str) -> Group:
             raise DataError(f"{where}: column {key!r} masks ids, and the row is text; name the tokens in data.mask_tokens")
     if "responses" in row:
         return _ranked(row, where)
+    if isinstance(row.get("completion"), list) and "chosen" not in row:
+        return _from_completion(row, where, template, chat)
     if "completions" in row and "chosen" not in row:
         texts = row["completions"]
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -148,7 +158,7 @@ def _read_row(row: Row, where: str, template: str) -> Group:
         missing = "chosen" if "chosen" not in row else "rejected"
         raise DataError(f"{where}: column {missing!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
     if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
-        return _from_messages(row, where, template)
+        return _from_messages(row, where, template, chat)
     chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
     if "prompt" in row:
         return Group(_text(row, "prompt", where), (chosen, rejected), (_pair(row, where),))
@@ -313,13 +323,36 @@ def _messages(value: Any, key: str, where: str) -> list[tuple[str, str]]:
     return messages
 
 
-def _from_messages(row: Row, where: str, template: str) -> Group:
-    """Message lists, split before the last message; its sender must be the assistant."""
-    if not template:
+def _require_template(where: str, template: str, chat: ChatTemplate | None) -> None:
+    if not template and chat is None:
         raise ConfigError(
-            f"{where}: the rows are message lists; set data.prompt_template, e.g. "
-            "--config.data.prompt_template='{prompt}', to say how a prompt is written"
+            f"{where}: the rows are message lists, and the tokenizer has no chat template; set data.chat_template to a .jinja "
+            "file, or data.prompt_template, e.g. --config.data.prompt_template='{prompt}', to say how a prompt is written"
         )
+
+
+def _from_completion(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
+    """A dialogue in 'prompt' and its answer, an assistant's message, in 'completion': no pair."""
+    _require_template(where, template, chat)
+    before, answer = _messages(row.get("prompt"), "prompt", where), _messages(row["completion"], "completion", where)
+    if len(answer) != 1 or answer[0][0] != "assistant" or before[-1][0] == "assistant":
+        raise Dropped("role_order")
+    if template:
+        return Group(_as_text(before), (answer[0][1],), ())
+    assert chat is not None
+    return _by_template(chat, before, answer, row, where)._replace(pairs=())
+
+
+def _as_text(before: Sequence[tuple[str, str]]) -> str:
+    """A dialogue for a prompt template: one message as it is; of several turns it must stay visible who says what."""
+    if len(before) == 1:
+        return before[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in before)
+
+
+def _from_messages(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
+    """Message lists, split before the last message; its sender must be the assistant."""
+    _require_template(where, template, chat)
     sides = [_messages(row[key], key, where) for key in ("chosen", "rejected")]
     if isinstance(row.get("prompt"), list):
         # The prompt is apart: the responses hold the answer only, or the whole dialogue again.
@@ -330,8 +363,23 @@ def _from_messages(row: Row, where: str, template: str) -> Group:
     *before, (role, _) = sides[0]
     if role != "assistant" or sides[1][-1][0] != "assistant" or not before or before[-1][0] == "assistant":
         raise Dropped("role_order")
-    if len(before) == 1:
-        prompt = before[0][1]
-    else:  # several turns: who says what must stay visible
-        prompt = "\n\n".join(f"{role.capitalize()}: {content}" for role, content in before)
-    return Group(prompt, (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))
+    if not template:
+        assert chat is not None
+        return _by_template(chat, [*before], [sides[0][-1], sides[1][-1]], row, where)
+    return Group(_as_text(before), (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))
+
+
+def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> Group:
+    """The prompt and the two responses as the chat template writes them."""
+    message = lambda role, content: {"role": role, "content": content}
+    prompt = [message(*m) for m in before]
+    if chat.forged([*prompt, *(message(*a) for a in answers)]) is not None:
+        raise Dropped("special_token")
+    if any(not content.strip() for _, content in answers):
+        raise Dropped("empty_response")
+    try:
+        written = [chat.split(prompt, message(*a), tools=row.get("tools")) for a in answers]
+    except TemplateError as error:
+        raise DataError(f"{where}: {chat.name}: {error}") from error
+    responses, contents = tuple(w.response for w in written), tuple(w.content for w in written)
+    return Group(written[0].prompt, responses, (_pair(row, where),), contents=contents)
