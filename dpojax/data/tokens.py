@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     """Text to ids and back. `encode_*` add no special token.
 
     `encode_chat` alone reads special tokens (`specials`) out of the text; it returns where each token stands in it, too.
+    With `continuation` the text goes on after other text, and not after a special token.
     """
 
     bos_id: int | None
@@ -92,7 +93,7 @@ class SentencePieceTokenizer:
                 ids.append(specials[part])
                 spans.append((place, place + len(part)))
             elif part:
-                plain = self._continuation if continuation or place else self._prompt
+                plain = self._continuation if continuation or ids else self._prompt
                 found = plain.encode(part, return_type="proto").pieces
                 ids += [p.id for p in found]
                 spans += [(place + p.begin, place + p.end) for p in found]
@@ -142,7 +143,7 @@ class JsonTokenizer:
             tokenizer.encode_special_tokens = True
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self._text, self._chat = text, {}
+        self._text, self._chat = text, None
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
         names = _special_names(self.path.parent)
         self.bos_id = self._id(names.get("bos_token"))
@@ -176,14 +177,18 @@ class JsonTokenizer:
         return {t.content: i for i, t in self._prompt.get_added_tokens_decoder().items() if t.special}
 
     def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        if continuation not in self._chat:  # made when first asked for: most runs have no chat template
-            spec = json.loads(self._text)
-            made = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec) if continuation else spec))
-            made.no_truncation()
-            made.no_padding()
-            self._chat[continuation] = made
-        found = self._chat[continuation].encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        if self._chat is None:  # made when first asked for: most runs have no chat template
+            self._chat = tokenizers.Tokenizer.from_str(self._text)
+            self._chat.no_truncation()
+            self._chat.no_padding()
+        ids, spans, start = [], [], 0
+        if continuation:  # as far as the first special token; what follows one is written as everywhere
+            places = [text.find(s) for s in self.specials()]
+            start = min((p for p in places if p >= 0), default=len(text))
+            first = self._continuation.encode(text[:start], add_special_tokens=False)
+            ids, spans = first.ids, first.offsets
+        rest = self._chat.encode(text[start:], add_special_tokens=False)
+        return ids + rest.ids, spans + [(start + a, start + b) for a, b in rest.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         # BOS and EOS by hand: `skip_special_tokens` leaves those that the vocabulary itself holds.
@@ -363,13 +368,10 @@ def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, lim
 
 
 def chat_response_ids(
-    response: str, content: tuple[int, int] | None, tokenizer: Tokenizer, limit: int
+    response: str, content: tuple[int, int] | None, tokenizer: Tokenizer, limit: int, *, after: int
 ) -> tuple[list[int], int, np.ndarray]:
-    """As `response_ids`, of a chat template's text, with which of the tokens are the message's own words.
-
-    Raises: DataError if the template changed the words, so that they are not known.
-    """
-    ids, spans = tokenizer.encode_chat(response, continuation=True)
+    """As `response_ids`, of a chat template's text after the token `after`, with which tokens are the message's own words."""
+    ids, spans = tokenizer.encode_chat(response, continuation=after not in tokenizer.specials().values())
     start, stop = content or (0, len(response))
     own = np.asarray([a < stop and b > start for a, b in spans], bool)
     return ids[:limit], max(0, len(ids) - limit), own[:limit]
@@ -424,8 +426,9 @@ def tokenize(
             raise DataError(
                 "data.mask_template: the chat template changes the words of a message, so that they cannot be told from its own"
             )
-        texts = zip(map(str, group.responses), group.contents, strict=True)
-        responses, cuts, own = zip(*(chat_response_ids(r, c, tokenizer, limits.response) for r, c in texts), strict=True)
+        texts, after = zip(map(str, group.responses), group.contents, strict=True), prompt[-1]
+        found = [chat_response_ids(r, c, tokenizer, limits.response, after=after) for r, c in texts]
+        responses, cuts, own = zip(*found, strict=True)
         if mask_template:
             group = group._replace(masks=tuple(tuple(o.tolist()) for o in own))
     if not prompt:

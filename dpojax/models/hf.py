@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """Named tensors of a checkpoint, read when they are asked for."""
 
