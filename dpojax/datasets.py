@@ -74,7 +74,7 @@ def open_data(job: Job) -> Data:
     want_sft = config.sft.num_steps > 0
     sft_records = None
     if config.data.train:
-        place = config.tokenizer or _tokenizer_of(config.model.init)
+        place = config.tokenizer or tokenizer_of(config.model.init)
         tokenizer = load_tokenizer(place) if place else None
         train, evaluation = open_records(config.data.train), open_records(config.data.eval)
         if want_sft:
@@ -117,7 +117,7 @@ def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:
         )
 
 
-def _tokenizer_of(init: str) -> str:
+def tokenizer_of(init: str) -> str:
     """The tokenizer beside model.init's weights, or "" if there is none."""
     if not init or "\0" in init:
         return ""

@@ -10,7 +10,7 @@ import numpy as np
 from dpojax import reference, sampling, sharding, winrate
 from dpojax.config import Config
 from dpojax.data.pipeline import PackGroups, eval_batches
-from dpojax.data.tokens import Tokenizer
+from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
@@ -52,17 +52,15 @@ class Sampling:
         shards = sharding.num_shards(job.mesh)
         self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
         batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
-        rows = sharding.rows_sharding(job.mesh, leading=0)
-        put = lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
         width = sampling.prompt_width(self.prompts)
-        self.common = dict(width=width, batch_size=batch_size, pad_id=self.tokenizer.pad_id, put=put, fetch=np.asarray)
-        settings = sampling.SampleSettings(
-            c.max_new_tokens, c.temperature, c.top_k, c.top_p, self.tokenizer.eos_id, self.tokenizer.pad_id
-        )
+        put = sampling.rows_put(job.mesh)
+        self.common = dict(width=width, batch_size=batch_size, put=put, fetch=sampling.fetch_whole)
+        ends = stop_ids(self.tokenizer, data.train.reader.chat)
+        settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, ends, self.tokenizer.pad_id)
         own = settings if self.from_the_policy else dataclasses.replace(settings, temperature=1.0, top_k=0, top_p=1.0)
-        make = lambda name, s: job.program(name, sampling.make_sampler(policy.model, s), out_shardings=job.replicated)
-        self.sampler = make("sampler", settings)
-        self.own_sampler = self.sampler if self.from_the_policy else make("kl_sampler", own)
+        self.settings, self.own_settings = settings, own
+        self.sampler = sample_programs(job, policy, settings, "sampler")
+        self.own_sampler = self.sampler if self.from_the_policy else sample_programs(job, policy, own, "kl_sampler")
         scorer = sampling.make_scorer(
             policy.model,
             prompt_width=width,
@@ -81,10 +79,9 @@ class Sampling:
     def kl(self, params, ref) -> tuple[float, float]:
         """On-policy KL(policy || reference) and its standard error, nats, over the first sample.kl_prompts prompts."""
         prompts = self.prompts[: self.job.config.sample.kl_prompts]
-        drawn, _ = sampling.generate(
-            self.own_sampler, params, prompts, seed=self.job.config.seed, progress=lambda n: None, **self.common
-        )
-        return winrate.mean_with_error(self._log_ratio(params, ref, prompts, drawn))
+        options = dict(settings=self.own_settings, seed=self.job.config.seed, progress=lambda n: None)
+        drawn = sampling.generate(self.own_sampler, params, prompts, **options, **self.common)
+        return winrate.mean_with_error(self._log_ratio(params, ref, prompts, [r.ids for r in drawn]))
 
     def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
         score = functools.partial(
@@ -92,6 +89,7 @@ class Sampling:
             prompts=prompts,
             responses=responses,
             max_new_tokens=self.job.config.sample.max_new_tokens,
+            pad_id=self.tokenizer.pad_id,
             **self.common,
         )
         if not reference.same_layout(ref, params) and self._ref_scorer is None:
@@ -106,7 +104,8 @@ class Sampling:
         for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
             progress = job.progress(f"sampling from the {name}", len(self.prompts), "prompts")
             tree = reference.like(tree, params)
-            sampled[name], _ = sampling.generate(self.sampler, tree, self.prompts, seed=seed, progress=progress, **self.common)
+            options = dict(settings=self.settings, seed=seed, progress=progress)
+            sampled[name] = [r.ids for r in sampling.generate(self.sampler, tree, self.prompts, **options, **self.common)]
             progress.close(f"{sum(map(len, sampled[name])):,} tokens")
         texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
         result = {"prompts": [tokenizer.decode(p) for p in self.prompts], "texts": texts, "ids": sampled}
@@ -116,6 +115,13 @@ class Sampling:
             log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
             result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio.tolist())
         return result
+
+
+def sample_programs(job: Job, policy: Policy, settings: sampling.SampleSettings, name: str) -> sampling.Sampler:
+    """The sampler's programs of a run."""
+    made, spread = sampling.make_sampler(policy.model, settings), sampling.decoding_shardings(job.mesh)
+    start = job.program(f"{name}_start", made.start, out_shardings=spread)
+    return sampling.Sampler(start, job.program(name, made.extend, donate_argnums=1, out_shardings=spread))
 
 
 def _distinct_prompts(data: Data, limit: int) -> tuple[list[int], list[list[int]]]:

@@ -6,13 +6,16 @@ Legend: R prompts of a batch, P prompt length (padded on the left), T new tokens
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from dpojax import sharding
 from dpojax.logps import token_logps
 from dpojax.models import Model
 
@@ -25,16 +28,39 @@ class SampleSettings:
     temperature: float  # 0 = greedy
     top_k: int  # 0 = off
     top_p: float  # 1 = off
-    eos_id: int
+    eos_ids: tuple[int, ...]  # any of them ends a response
     pad_id: int
+    num_samples: int = 1  # of each prompt, which is read once
 
 
-class Samples(NamedTuple):
-    """Sampled responses; tokens after EOS are padding with log-prob 0."""
+class Decoding(NamedTuple):
+    """Responses as far as they are drawn; tokens after the end are padding with log-prob 0."""
 
+    step: Int[Array, ""]  # tokens drawn
+    hidden: Float[Array, "R D"]  # of the last token
+    cache: Any
+    is_key: Bool[Array, "R S"]  # the prompt's part of the cache
+    prompt_lengths: Int[Array, "R"]
+    keys: Array  # key data [R, 2]
+    done: Bool[Array, "R"]
     tokens: Int[Array, "R T"]
     logps: Float[Array, "R T"]  # log pi of each token under the model itself (temperature 1, no filter), nats
     lengths: Int[Array, "R"]  # EOS included
+
+
+class Sampler(NamedTuple):
+    """Two pure functions, to be jitted."""
+
+    start: Callable[..., Decoding]  # (params, tokens [R, P], valid [R, P], key data [R num_samples, 2])
+    extend: Callable[..., Decoding]  # (params, decoding, until): draws up to `until` tokens in all
+
+
+class Response(NamedTuple):
+    """A sampled response."""
+
+    ids: list[int]  # EOS included where it ended
+    logps: np.ndarray  # of each id, nats
+    ended: bool  # by EOS or a stop string, not by max_new_tokens
 
 
 def filter_logits(logits: Float[Array, "R V"], *, top_k: int, top_p: float) -> Float[Array, "R V"]:
@@ -52,11 +78,12 @@ def filter_logits(logits: Float[Array, "R V"], *, top_k: int, top_p: float) -> F
     return logits
 
 
-def make_sampler(model: Model, settings: SampleSettings) -> Callable[..., Samples]:
-    """The function (params, tokens [R, P], valid [R, P], key data [R, 2]) -> Samples, to be jitted.
+def make_sampler(model: Model, settings: SampleSettings) -> Sampler:
+    """The functions that draw responses. `extend` may be called again and again; its decoding can be donated.
 
     Every row has its own key, so that a sample depends on its prompt and key and not on its neighbours.
     """
+    total = settings.max_new_tokens
 
     def draw(logits, keys, step):
         if settings.temperature == 0:
@@ -64,87 +91,132 @@ def make_sampler(model: Model, settings: SampleSettings) -> Callable[..., Sample
         scaled = filter_logits(logits / settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(keys, scaled)
 
-    def sample(params, tokens, valid, key_data) -> Samples:
-        keys = jax.random.wrap_key_data(key_data)
-        rows, prompt = tokens.shape
-        total = settings.max_new_tokens
-        head = model.head(params)
+    def start(params, tokens, valid, key_data) -> Decoding:
         hidden, cache = model.prefill(params, tokens, valid)
         # The cache has room for all tokens: [N layers, R, P + T, K, E].
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, total), (0, 0), (0, 0))), cache)
-        length = valid.sum(axis=1)
-        is_key = jnp.pad(valid, ((0, 0), (0, total)))
-
-        def body(state):
-            step, hidden, cache, done, out, logps = state
-            logits = model.unembed(head, hidden)
-            token = jnp.where(done, settings.pad_id, draw(logits, keys, step)).astype(jnp.int32)
-            logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
-            out = out.at[:, step].set(token)
-            logps = logps.at[:, step].set(jnp.where(done, 0.0, logp))
-            done = done | (token == settings.eos_id)
-            seen = is_key | ((jnp.arange(prompt + total) >= prompt) & (jnp.arange(prompt + total) <= prompt + step))
-            hidden, cache = model.decode(params, token, length + step, prompt + step, seen, cache)
-            return step + 1, hidden, cache, done, out, logps
-
-        start = (
-            jnp.zeros((), jnp.int32),
-            hidden[:, -1],
-            cache,
-            jnp.zeros(rows, bool),
-            jnp.full((rows, total), settings.pad_id, jnp.int32),
-            jnp.zeros((rows, total), jnp.float32),
+        again = lambda x, axis=0: x if settings.num_samples == 1 else jnp.repeat(x, settings.num_samples, axis=axis)
+        rows = tokens.shape[0] * settings.num_samples
+        return Decoding(
+            step=jnp.zeros((), jnp.int32),
+            hidden=again(hidden[:, -1]),
+            cache=jax.tree.map(lambda x: again(x, 1), cache),
+            is_key=again(jnp.pad(valid, ((0, 0), (0, total)))),
+            prompt_lengths=again(valid.sum(axis=1)),
+            keys=key_data,
+            done=jnp.zeros(rows, bool),
+            tokens=jnp.full((rows, total), settings.pad_id, jnp.int32),
+            logps=jnp.zeros((rows, total), jnp.float32),
+            lengths=jnp.zeros(rows, jnp.int32),
         )
-        step, _, _, _, out, logps = jax.lax.while_loop(lambda s: (s[0] < total) & ~s[3].all(), body, start)
-        ended = out == settings.eos_id
-        lengths = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, step)
-        return Samples(out, logps, lengths)
 
-    return sample
+    def extend(params, decoding: Decoding, until) -> Decoding:
+        head, keys = model.head(params), jax.random.wrap_key_data(decoding.keys)
+        width = decoding.is_key.shape[1]
+        prompt = width - total
+
+        def body(d: Decoding) -> Decoding:
+            logits = model.unembed(head, d.hidden)
+            token = jnp.where(d.done, settings.pad_id, draw(logits, keys, d.step)).astype(jnp.int32)
+            logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
+            index = jnp.arange(width)
+            seen = d.is_key | ((index >= prompt) & (index <= prompt + d.step))
+            hidden, cache = model.decode(params, token, d.prompt_lengths + d.step, prompt + d.step, seen, d.cache)
+            return d._replace(
+                step=d.step + 1,
+                hidden=hidden,
+                cache=cache,
+                done=d.done | jnp.isin(token, jnp.asarray(settings.eos_ids)),
+                tokens=d.tokens.at[:, d.step].set(token),
+                logps=d.logps.at[:, d.step].set(jnp.where(d.done, 0.0, logp)),
+                lengths=d.lengths + ~d.done,
+            )
+
+        return jax.lax.while_loop(lambda d: (d.step < until) & ~d.done.all(), body, decoding)
+
+    return Sampler(start, extend)
+
+
+def decoding_shardings(mesh: Mesh) -> Decoding:
+    """Rows over the data axes; the same before and after `extend`, so that one program serves all of its calls."""
+    rows, layers = sharding.rows_sharding(mesh, leading=0), sharding.rows_sharding(mesh, leading=1)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return Decoding(**dict.fromkeys(Decoding._fields, rows))._replace(step=whole, cache=layers)
+
+
+def rows_put(mesh: Mesh) -> Callable[[np.ndarray], Array]:
+    """Puts a host array that every process holds onto the devices, rows over the data axes."""
+    rows = sharding.rows_sharding(mesh, leading=0)
+    return lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
+
+
+def fetch_whole(x: Array) -> np.ndarray:
+    """A global array on every host."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+SEGMENT = 32  # tokens that are drawn between two looks for stop strings
 
 
 def generate(
-    sampler: Callable[..., Samples],
+    sampler: Sampler,
     params,
     prompts: Sequence[Sequence[int]],
     *,
+    settings: SampleSettings,
     seed: int,
     width: int,
     batch_size: int,
-    pad_id: int,
     put: Callable[[np.ndarray], Array],
     fetch: Callable[[Array], np.ndarray],
     progress: Callable[[int], None],
-) -> tuple[list[list[int]], np.ndarray]:
-    """Samples one response to every prompt, in batches of one shape.
+    stopped: Callable[[list[int]], int | None] | None = None,
+) -> list[Response]:
+    """Samples `settings.num_samples` responses to every prompt, in batches of one shape; those of a prompt follow one another.
 
     Args:
-      sampler: jitted result of `make_sampler`.
+      sampler: jitted results of `make_sampler`.
       prompts: token ids.
-      seed: prompt i is sampled with the key fold_in(key(seed), i).
+      seed: response i of all is sampled with the key fold_in(key(seed), i).
       width: that prompts are padded to, at least `prompt_width` of them.
+      batch_size: prompts of a batch.
       put, fetch: host array to devices and back.
       progress: called with the number of prompts done.
-    Returns: the responses' ids (EOS included where they ended) and log pi of each response, nats.
+      stopped: a response's ids so far -> how many of them make it end (a stop string), or None.
     """
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-    key_data = np.asarray(jax.random.key_data(keys))
-    responses: list[list[int]] = []
-    sums = []
-    for start in range(0, len(prompts), batch_size):
-        chosen = [min(i, len(prompts) - 1) for i in range(start, start + batch_size)]  # the last batch is filled up
+    count, each, pad_id = len(prompts), settings.num_samples, settings.pad_id
+    fold = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    key_data = np.asarray(jax.random.key_data(jax.vmap(fold)(jnp.arange(count * each)))).reshape(count, each, -1)
+    found: list[Response] = []
+    for start in range(0, count, batch_size):
+        chosen = [min(i, count - 1) for i in range(start, start + batch_size)]  # the last batch is filled up
         tokens = np.full((batch_size, width), pad_id, np.int32)
         valid = np.zeros((batch_size, width), bool)
         for row, i in enumerate(chosen):
             tokens[row, width - len(prompts[i]) :] = prompts[i]
             valid[row, width - len(prompts[i]) :] = True
-        samples = sampler(params, put(tokens), put(valid), put(key_data[chosen]))
-        samples = jax.tree.map(fetch, samples)
-        for row in range(min(batch_size, len(prompts) - start)):
-            responses.append(samples.tokens[row, : samples.lengths[row]].tolist())
-            sums.append(samples.logps[row].sum())
-        progress(len(responses))
-    return responses, np.asarray(sums)
+        keys = key_data[chosen].reshape(batch_size * each, -1)
+        decoding = sampler.start(params, put(tokens), put(valid), put(keys))
+        cuts: dict[int, int] = {}  # row -> length at which a stop string ended it
+        step = SEGMENT if stopped else settings.max_new_tokens
+        for until in range(step, settings.max_new_tokens + step, step):
+            decoding = sampler.extend(params, decoding, np.int32(min(until, settings.max_new_tokens)))
+            if stopped is None:
+                break
+            ids, lengths, done = (np.array(fetch(x)) for x in (decoding.tokens, decoding.lengths, decoding.done))
+            for row in range(len(ids)):
+                cut = None if row in cuts else stopped(ids[row, : lengths[row]].tolist())
+                if cut is not None:
+                    cuts[row], done[row] = cut, True
+            decoding = decoding._replace(done=put(done))
+            if done.all():
+                break
+        ids, logps, lengths, done = (np.array(fetch(x)) for x in (*decoding[-3:], decoding.done))
+        for row in range(min(batch_size, count - start) * each):
+            length = cuts.get(row, int(lengths[row]))
+            found.append(Response(ids[row, :length].tolist(), logps[row, :length], bool(done[row])))
+        progress(len(found) // each)
+    return found
 
 
 def make_scorer(model: Model, *, prompt_width: int, num_shards: int, chunk: int) -> Callable[..., Float[Array, "R"]]:

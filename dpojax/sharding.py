@@ -16,6 +16,10 @@ from jax.sharding import PartitionSpec as P
 from dpojax.errors import ConfigError
 from dpojax.models import experts
 
+# Logical axis -> mesh axis, where a run's config says nothing else: "" keeps it whole.
+RULES = dict(
+    vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="", experts="tensor"
+)
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # rows of a batch are spread over both
 

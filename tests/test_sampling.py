@@ -15,12 +15,13 @@ PARAMS = tiny.params(MODEL)
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 
-def generate(seed=0, batch_size=3, prompts=PROMPTS, **changes):
-    settings = dict(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, pad_id=0) | changes
-    sampler = jax.jit(sampling.make_sampler(MODEL, sampling.SampleSettings(**settings)))
-    return sampling.generate(
-        sampler, PARAMS, prompts, seed=seed, width=64, batch_size=batch_size, pad_id=0, put=jnp.asarray, fetch=np.asarray, progress=lambda n: None
-    )  # fmt: skip
+def generate(seed=0, batch_size=3, prompts=PROMPTS, options={}, **changes):  # noqa: B006
+    settings = dict(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(2,), pad_id=0) | changes
+    settings = sampling.SampleSettings(**settings)
+    sampler = sampling.Sampler(*map(jax.jit, sampling.make_sampler(MODEL, settings)))
+    common = dict(settings=settings, width=64, put=jnp.asarray, fetch=np.asarray, progress=lambda n: None)
+    found = sampling.generate(sampler, PARAMS, prompts, seed=seed, batch_size=batch_size, **common, **options)
+    return [r.ids for r in found], [r.logps.sum() for r in found]
 
 
 def test_sampled_log_probs_equal_the_training_forward():
@@ -67,11 +68,12 @@ def test_filters_keep_what_they_say():
 
 
 def test_samples_follow_the_models_distribution():
-    settings = sampling.SampleSettings(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, pad_id=0)
-    sampler = jax.jit(sampling.make_sampler(MODEL, settings))
+    settings = sampling.SampleSettings(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(2,), pad_id=0)
+    sampler = sampling.make_sampler(MODEL, settings)
+    draw = jax.jit(lambda *start: sampler.extend(PARAMS, sampler.start(*start), 1))
     tokens, valid = jnp.full((4000, 4), 7), jnp.ones((4000, 4), bool)
     keys = jax.random.key_data(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(4000)))
-    drawn = np.bincount(np.asarray(sampler(PARAMS, tokens, valid, keys).tokens)[:, 0], minlength=61) / 4000
+    drawn = np.bincount(np.asarray(draw(PARAMS, tokens, valid, keys).tokens)[:, 0], minlength=61) / 4000
     expected = np.exp([tiny.naive_logps(MODEL, PARAMS, [7] * 4, [t])[0] for t in range(5)])
     np.testing.assert_allclose(drawn[:5], expected, atol=5 * (0.25 / 4000) ** 0.5)
 

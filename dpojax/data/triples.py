@@ -99,7 +99,8 @@ class RowReader:
     """How rows become groups."""
 
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
-    kind: str = "pairs"  # "sft": only the chosen response; "unpaired": a label for each response
+    # "sft": only the chosen response; "unpaired": a label for each response; "score": every response, and no pair is needed
+    kind: str = "pairs"
     chat: ChatTemplate | None = None  # for message lists where there is no prompt_template
 
     def read(self, row: Row, where: str) -> Group:
@@ -110,9 +111,15 @@ class RowReader:
           Dropped: the row is sound but holds no preference.
           ConfigError: message lists without data.prompt_template or chat template.
         """
+        if self.kind == "score" and isinstance(row.get("responses"), list):  # with scores or without
+            row = {"prompt": row.get("prompt"), "completions": row["responses"]}
         group = _read_row(row, where, self.prompt_template, self.chat)
         if self.kind == "unpaired" and group.pairs:
             group = _unpair(group, where)
+        elif self.kind == "score":
+            group = group._replace(pairs=())
+            if any(not (r.strip() if isinstance(r, str) else r) for r in group.responses):
+                raise Dropped("empty_response")
         elif self.kind != "pairs" and not group.pairs:
             group = _label(group, row, where, self.kind)
         if isinstance(group.prompt, str):

@@ -308,6 +308,16 @@ def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
+def special_ids(folder: pathlib.Path | None) -> dict[str, int | None]:
+    """bos_id and eos_id of the tokenizer in a folder, for `llama_fields`."""
+    from dpojax.data.tokens import TOKENIZER_NAMES, load_tokenizer
+
+    if folder is None or not any((folder / n).is_file() for n in TOKENIZER_NAMES):
+        return {"bos_id": None, "eos_id": None}
+    tokenizer = load_tokenizer(str(folder))
+    return {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+
+
 def llama_fields(config: ModelConfig, *, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
     """A config.json for a decoder that was made here. Raises ConfigError for one that Llama cannot express."""
     if config.norm != "rms" or config.mlp != "gated" or config.family != "llama":

@@ -1,0 +1,73 @@
+"""Any model that dpojax reads -> a Hugging Face directory: python -m dpojax.convert --model=DIR --out=DIR."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dpojax import sharding
+from dpojax.errors import ConfigError
+from dpojax.inference import run_tool
+from dpojax.metrics import Progress
+from dpojax.models import hf
+from dpojax.models.attention import full_attention
+from dpojax.models.decoder import make_decoder
+from dpojax.weights import open_weights
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m dpojax.convert",
+        description="Writes a model as a Hugging Face directory: a dpojax workdir or checkpoint (adapters are merged), a PEFT "
+        "adapter with its base, a llama2.c .bin file, or another Hugging Face directory (e.g. in another dtype).",
+    )
+    made.add_argument("--model", required=True, help="what to read")
+    made.add_argument("--out", required=True, help="folder to write")
+    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights on disk")
+    made.add_argument("--max_shard_gib", type=float, default=5.0, help="a larger model gets several files and an index")
+    made.add_argument("--ignore_fields", default="", help="fields of config.json that are known not to matter")
+    return made
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Reads and writes, tensor by tensor. Raises ConfigError for what cannot be read or written."""
+    weights = open_weights(args.model, ignore=frozenset(filter(None, args.ignore_fields.split(","))))
+    out = pathlib.Path(args.out)
+    if out.exists() and pathlib.Path(args.model).resolve() == out.resolve():
+        raise ConfigError(f"--out={args.out!r} is what is read; name another folder")
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+    dtype = jnp.dtype("bfloat16" if args.dtype == "bfloat16" else "float32")
+    model = make_decoder(
+        weights.config, attention=full_attention, dtype=dtype, param_dtype=dtype, remat="none", constrain=lambda x: x
+    )
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    total = hf.num_tensors(weights.config)
+    progress = Progress(f"reading {args.model}", total, "tensors", enabled=True)
+    params = weights.load(sharding.param_shardings(abstract, model.axes, mesh, sharding.RULES), dtype, progress)
+    progress.close(f"{total} tensors")
+    progress = Progress(f"writing {args.out}", total, "tensors", enabled=True)
+    fields = weights.fields or hf.llama_fields(weights.config, **hf.special_ids(weights.companions))
+    hf.export_params(
+        params,
+        weights.config,
+        out,
+        fields=fields,
+        dtype=args.dtype,
+        companions=weights.companions,
+        max_shard_bytes=int(args.max_shard_gib * 2**30),
+        progress=progress,
+    )
+    progress.close(f"{weights.config.family}, {args.dtype}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_tool(convert, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,230 @@
+"""Prompts -> sampled responses, as JSONL: python -m dpojax.generate --model=DIR --prompts=FILE --out=FILE."""
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax import sampling, sharding
+from dpojax.config import check_template, unescape
+from dpojax.data.chat import ChatTemplate, TemplateError
+from dpojax.data.records import open_records
+from dpojax.data.tokens import Tokenizer, prompt_ids, stop_ids
+from dpojax.errors import ConfigError, DataError, NumericsError
+from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
+from dpojax.metrics import Progress
+from dpojax.policy import check_positions
+
+# Largest difference of a token's log-prob between sampling and the training forward, nats.
+BOUND = {"float32": 1e-4, "bfloat16": 0.25}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m dpojax.generate", description="Samples responses to prompts, reproducibly by --seed, as JSONL."
+    )
+    made.add_argument("--model", required=True, help="Hugging Face directory, PEFT adapter, dpojax workdir or llama2.c .bin")
+    made.add_argument("--prompts", default="", help="file of rows with 'prompt' (text or messages), 'messages' or 'prompt_ids'")
+    made.add_argument("--prompt", default="", help="one prompt, instead of a file")
+    made.add_argument("--out", default="-", help="JSONL: each row with its 'responses' added; '-': standard output")
+    made.add_argument("--num_samples", type=int, default=1, help="responses to each prompt")
+    made.add_argument("--max_new_tokens", type=int, default=128)
+    made.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    made.add_argument("--top_k", type=int, default=0, help="0: off")
+    made.add_argument("--top_p", type=float, default=1.0, help="1: off")
+    made.add_argument("--stop", action="append", default=[], help="text that ends a response and is cut off; may be repeated")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
+    made.add_argument("--prompt_template", default="", help="with {prompt}, for prompts that are text")
+    made.add_argument("--chat", action="store_true", help="a prompt that is text is a user's message for the chat template")
+    made.add_argument("--max_prompt_tokens", type=int, default=0, help="longer prompts are cut from the left; 0: none is")
+    made.add_argument("--token_logps", action="store_true", help="with the ids and log-probs of all tokens")
+    made.add_argument("--limit", type=int, default=0, help="only the first so many rows; 0: all")
+    add_model_arguments(made)
+    return made
+
+
+class Prompt(NamedTuple):
+    """A row and its prompt as ids."""
+
+    row: dict[str, Any]
+    ids: list[int]
+
+
+def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Prompt:
+    """A row's prompt. Raises DataError naming the column that is wrong."""
+    given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
+    limit = args.max_prompt_tokens or sys.maxsize
+    if "prompt_ids" in row:
+        if not isinstance(given, list) or not given or not all(type(i) is int and i >= 0 for i in given):
+            raise DataError(f"{where}: column 'prompt_ids' is {given!r:.60}; it must be a list of token ids")
+        return Prompt(row, given[-limit:])
+    if isinstance(given, str) and args.chat:
+        given = [{"role": "user", "content": given}]
+    if isinstance(given, list):
+        if chat is None:
+            raise DataError(
+                f"{where}: the prompt is a dialogue, and the tokenizer has no chat template; name one: --chat_template"
+            )
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):
+            raise DataError(f"{where}: a message is {{role, content}} of strings")
+        if (word := chat.forged(given)) is not None:
+            raise DataError(f"{where}: a message spells the special token {word!r}, which the template would pass on as one")
+        try:
+            text = chat.render(given, add_generation_prompt=True, tools=row.get("tools"))
+        except TemplateError as error:
+            raise DataError(f"{where}: {chat.name}: {error}") from error
+        return Prompt(row, prompt_ids(text, tokenizer, limit, chat=True)[0])
+    if not isinstance(given, str) or not given:
+        raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
+    text = args.prompt_template.format(prompt=given) if args.prompt_template else given
+    return Prompt(row, prompt_ids(text, tokenizer, limit)[0])
+
+
+def read_prompts(args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[Prompt]:
+    """All prompts. Raises ConfigError or DataError for the first that cannot be read."""
+    if bool(args.prompts) == bool(args.prompt):
+        raise ConfigError("name one of --prompts=FILE and --prompt=TEXT")
+    if args.prompt:
+        return [read_prompt({"prompt": unescape(args.prompt)}, "--prompt", args, tokenizer, chat)]
+    records = open_records(args.prompts)
+    count = min(records.size, args.limit or records.size)
+    return [read_prompt(records.get(i), records.where(i), args, tokenizer, chat) for i in range(count)]
+
+
+def check_settings(args) -> None:
+    """Raises ConfigError for a setting out of its range."""
+    least = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1, "limit": 0, "max_prompt_tokens": 0}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ConfigError(f"--{name}={getattr(args, name)}: it must be at least {value}")
+    if not math.isfinite(args.temperature) or args.temperature < 0:
+        raise ConfigError(f"--temperature={args.temperature}: it must be finite and >= 0")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top_p={args.top_p}: it must be in (0, 1]")
+    if any(not s for s in args.stop):
+        raise ConfigError("--stop='': it must not be empty")
+    args.prompt_template = unescape(args.prompt_template)
+    check_template(args.prompt_template)
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop strings starts in `text`, or None."""
+    places = [p for p in map(text.find, stops) if p >= 0]
+    return min(places, default=None)
+
+
+def stopper(tokenizer: Tokenizer, stops: Sequence[str]):
+    """ids -> how many of them a stop string ends, or None: the fewest whose text holds one."""
+
+    def stopped(ids: list[int]) -> int | None:
+        if first_stop(tokenizer.decode(ids), stops) is None:
+            return None
+        low, high = 1, len(ids)  # the text of more ids holds what the text of fewer holds
+        while low < high:
+            middle = (low + high) // 2
+            if first_stop(tokenizer.decode(ids[:middle]), stops) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    return stopped if stops else None
+
+
+def check_logps(loaded: Loaded, prompts, responses, *, width: int, each: int, settings, batch_size: int) -> float:
+    """The largest difference per token between sampled log-probs and the training forward's, over one batch, nats.
+
+    Raises: NumericsError past BOUND.
+    """
+    shards = sharding.num_shards(loaded.mesh)
+    scorer = sampling.make_scorer(loaded.model, prompt_width=width, num_shards=shards, chunk=256)
+    totals = sampling.score_batches(
+        jax.jit(scorer),
+        loaded.params,
+        [prompts[i // each] for i in range(len(responses))],
+        [r.ids for r in responses],
+        width=width,
+        batch_size=batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        pad_id=settings.pad_id,
+        put=sampling.rows_put(loaded.mesh),
+        fetch=sampling.fetch_whole,
+    )
+    sampled = np.asarray([r.logps.sum() for r in responses])
+    lengths = np.asarray([max(1, len(r.ids)) for r in responses])
+    worst = float(np.max(np.abs(totals - sampled) / lengths))
+    if not worst <= BOUND[loaded.dtype]:
+        raise NumericsError(
+            f"the sampled log-probs differ from the training forward's by {worst:.1e} nats per token, over {BOUND[loaded.dtype]:g}"
+        )
+    return worst
+
+
+def describe(response: sampling.Response, tokenizer: Tokenizer, ends: Sequence[int], args) -> dict[str, Any]:
+    """A response as it is written."""
+    ids = response.ids[:-1] if response.ids and response.ids[-1] in ends else response.ids
+    text = tokenizer.decode(ids)
+    cut = first_stop(text, args.stop)
+    found: dict[str, Any] = {
+        "text": text if cut is None else text[:cut],
+        "num_tokens": len(response.ids),
+        "logp": float(response.logps.sum()),
+        "finish": "stop" if response.ended else "length",
+    }
+    if args.token_logps:
+        found |= {"ids": response.ids, "token_logps": [float(x) for x in response.logps]}
+    return found
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Samples, checks the log-probs of the first batch, and writes."""
+    check_settings(args)
+    tokenizer, chat = open_tokenizer(args.model, args)
+    prompts = read_prompts(args, tokenizer, chat)
+    out = Output(args.out)
+    loaded = load_model(args.model, args, quiet=out.path is None)
+    ids = [p.ids for p in prompts]
+    check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens)
+    if max(map(max, ids)) >= loaded.config.vocab_size:
+        raise ConfigError(f"a prompt holds the token id {max(map(max, ids))}, the model has {loaded.config.vocab_size}")
+    ends = stop_ids(tokenizer, chat if args.chat or any("content" in str(p.row) for p in prompts) else None)
+    settings = sampling.SampleSettings(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, ends, tokenizer.pad_id, args.num_samples
+    )
+    made, spread = sampling.make_sampler(loaded.model, settings), sampling.decoding_shardings(loaded.mesh)
+    sampler = sampling.Sampler(
+        jax.jit(made.start, out_shardings=spread), jax.jit(made.extend, out_shardings=spread, donate_argnums=1)
+    )
+    shards = sharding.num_shards(loaded.mesh)
+    size, width = -(-min(args.batch_size, len(ids)) // shards) * shards, sampling.prompt_width(ids)
+    progress = Progress("sampling", len(ids), "prompts", enabled=out.path is not None)
+    draw = functools.partial(
+        sampling.generate, sampler, loaded.params, settings=settings, width=width, batch_size=size,
+        put=sampling.rows_put(loaded.mesh), fetch=sampling.fetch_whole, stopped=stopper(tokenizer, args.stop),
+    )  # fmt: skip
+    responses = draw(ids, seed=args.seed, progress=progress)
+    first = responses[: size * args.num_samples]
+    worst = check_logps(loaded, ids, first, width=width, each=args.num_samples, settings=settings, batch_size=size)
+    for i, prompt in enumerate(prompts):
+        own = responses[i * args.num_samples : (i + 1) * args.num_samples]
+        out.write({**prompt.row, "responses": [describe(r, tokenizer, ends, args) for r in own]})
+    out.close()
+    tokens = sum(len(r.ids) for r in responses)
+    progress.close(f"{len(responses):,} responses, {tokens:,} tokens, written to {args.out}")
+    note(f"log-probs: sampled and training forward differ by at most {worst:.1e} nats per token ({len(first)} responses)", out)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_tool(generate, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
