@@ -79,7 +79,7 @@ def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
 def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
     found, number = Checkpoints(step.parent, keep=10**6), int(step.name)
     meta = found.meta(number)
-    config = ModelConfig(**meta["model"])
+    config = ModelConfig.from_dict(meta["model"])
     workdir = step.parent.parent
     companions = workdir / "tokenizer" if (workdir / "tokenizer").is_dir() else None
     adapter = meta.get("adapter")

@@ -357,7 +357,9 @@ def test_a_hostile_run_name_is_a_config_error(spec, tmp_path, monkeypatch):
 def weights(tmp_path):
     """A small Hugging Face directory."""
     model = tiny.model()
-    hf.export_params(tiny.params(model), tiny.CONFIG, tmp_path, bos_id=1, eos_id=2, tokenizer=None)
+    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
+    hf.export_params(tiny.params(model), tiny.CONFIG, tmp_path, fields=fields, dtype="float32", companions=None)
+    (tmp_path / hf.CHECKSUMS).unlink()  # these tests are of files that come without
     shardings = jax.tree.map(
         lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.eval_shape(model.init, jax.random.key(0))
     )
@@ -406,7 +408,7 @@ def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault
     [
         {"num_key_value_heads": 3},
         {"hidden_size": "x"},
-        {"rope_parameters": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "magic"}},
         {"num_attention_heads": 0},
         {"rope_scaling": {"factor": 2}},
         {"sliding_window": 4},

@@ -68,11 +68,14 @@ class ModelConfig:
     experts_per_token: int = 0
     renormalise_experts: bool = False  # the chosen experts' weights sum to 1
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The config of a checkpoint's meta: what `dataclasses.asdict` made, through JSON."""
+        plain = lambda given: {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        scaling = values.get("rope_scaling")
+        return cls(**{**plain(values), "rope_scaling": scaling and RopeScaling(**plain(scaling))})
+
     def __post_init__(self):
-        if isinstance(self.rope_scaling, dict):  # from JSON
-            scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in self.rope_scaling.items()}
-            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
-        object.__setattr__(self, "windows", tuple(self.windows))
         choices: dict[str, tuple[Any, ...]] = {
             "norm": NORMS,
             "mlp": MLPS,

@@ -1,0 +1,171 @@
+"""Every family against transformers: logits, log-probs through packing and prefix sharing, and exports."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dpojax.models import hf
+from dpojax.models.families import FAMILIES
+from dpojax.train import make_token_logps_step
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("torch", "transformers"))),
+        reason="torch and transformers are not installed: pip install .[parity]",
+    ),
+]
+VOCAB, LENGTH = 67, 40
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15,
+)  # fmt: skip
+GPT = dict(vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=6, n_positions=64, initializer_range=0.15)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1000.0)
+LONG = dict(
+    rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.0, 2.0, 3.0, 4.0], rope_theta=1e4,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+BOTH = dict(
+    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4),
+)
+# name -> (transformers' config class, its arguments); windows are shorter than the sequence, heads are grouped
+CASES = {
+    "llama": ("LlamaConfig", dict(head_dim=10, rope_parameters={**LLAMA3, "rope_theta": 5e3}, attention_bias=True, mlp_bias=True)),
+    "llama linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
+    "llama dynamic": ("LlamaConfig", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
+    "mistral": ("MistralConfig", dict(sliding_window=7)),
+    "qwen2": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True, rope_parameters=YARN)),
+    "qwen3": ("Qwen3Config", dict(head_dim=12)),
+    "phi3": ("Phi3Config", dict(pad_token_id=0, eos_token_id=1, sliding_window=9, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=1e4))),
+    "phi3 longrope": ("Phi3Config", dict(pad_token_id=0, eos_token_id=1, original_max_position_embeddings=64, max_position_embeddings=256, rope_parameters=LONG)),
+    "olmo2": ("Olmo2Config", {}),
+    "gemma": ("GemmaConfig", dict(head_dim=14)),
+    "gemma2": ("Gemma2Config", dict(head_dim=14, sliding_window=6, query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=4.0)),
+    "gemma3_text": ("Gemma3TextConfig", dict(num_hidden_layers=7, head_dim=14, sliding_window=6, query_pre_attn_scalar=20, rope_parameters=BOTH)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=8)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=12, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)),
+    "gpt2": ("GPT2Config", GPT),
+    "gptj": ("GPTJConfig", dict(**GPT, rotary_dim=4)),
+    "gpt_neox": ("GPTNeoXConfig", dict(rotary_pct=0.5)),
+    "gpt_neox sequential": ("GPTNeoXConfig", dict(use_parallel_residual=False)),
+}  # fmt: skip
+
+
+def theirs(name: str, folder: pathlib.Path):
+    """A random transformers model, saved in several files."""
+    import torch
+    import transformers
+
+    kind, own = CASES[name]
+    own = own if own.get("n_embd") else SIZES | own
+    if kind == "GPTNeoXConfig":
+        own = {k: v for k, v in own.items() if k != "num_key_value_heads"}
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**own)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for p in model.parameters():
+        if p.ndim == 1:  # norms and biases that do something
+            p.data += 0.2 * torch.randn_like(p)
+    model.save_pretrained(folder, max_shard_size="40kB")
+    return model
+
+
+def their_logits(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def ours(folder: pathlib.Path):
+    config = hf.read_config(folder)
+    model = tiny.model(config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = jax.tree.map(lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+    return config, model, hf.load_params(folder, config, shardings, jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_log_probs_and_export_are_those_of_transformers(tmp_path, name):
+    source, exported = tmp_path / "source", tmp_path / "exported"
+    reference = theirs(name, source)
+    config, model, params = ours(source)
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCAB, (2, LENGTH))
+    want = their_logits(reference, ids)
+    one = jnp.ones(ids.shape, jnp.int32)
+    run = jax.jit(lambda p, t: model.unembed(model.head(p), model.hidden_states(p, t, jnp.cumsum(one, 1) - 1, one, 0 * one)))
+    np.testing.assert_allclose(run(params, jnp.asarray(ids)), want, atol=1e-4)
+
+    made = tiny.groups(rng, 5, longest=20)
+    batch, _ = tiny.pack(made, row_tokens=96)
+    logps = tiny.by_response(batch, jax.jit(make_token_logps_step(model, chunk=32))(params, batch))
+    for group in made:
+        for response in group.responses:
+            whole = np.concatenate([group.prompt, response])[None]
+            logits = their_logits(reference, whole)[0].astype(np.float64)
+            normal = (
+                logits
+                - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+                - logits.max(-1, keepdims=True)
+            )
+            own = normal[np.arange(len(group.prompt) - 1, whole.size - 1), response]
+            np.testing.assert_allclose(logps[tuple(response.tolist())], own, rtol=0, atol=1e-5)
+
+    fields = hf.read_fields(source)
+    hf.export_params(params, config, exported, fields=fields, dtype="float32", companions=source, max_shard_bytes=40_000)
+    import transformers
+
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="float32", attn_implementation="eager").eval()
+    np.testing.assert_array_equal(their_logits(again, ids), want)
+
+
+def test_every_family_is_tested():
+    assert {name.split()[0] for name in CASES} == set(FAMILIES)
+
+
+# Fields as published config.json files spell them, before transformers 5.
+OLD = {
+    "llama": dict(rope_theta=5e3, rope_scaling=dict(LLAMA3, rope_type="llama3")),
+    "llama linear": dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)),
+    "qwen2": dict(rope_theta=1000.0, rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "gpt_neox": dict(rotary_emb_base=10000, rotary_pct=0.5),
+    "gemma3_text": dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0), sliding_window_pattern=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_both_spellings_of_rotary_settings_are_the_same_model(tmp_path, name):
+    theirs(name, tmp_path)
+    new = hf.read_config(tmp_path)
+    fields = hf.read_fields(tmp_path)
+    del fields["rope_parameters"]
+    fields.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(fields | OLD[name]))
+    assert hf.read_config(tmp_path) == new
+
+
+def test_the_load_balancing_loss_is_that_of_transformers():
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from dpojax.models.experts import Routing, load_balancing_loss, route, routing_sums
+
+    logits = np.random.default_rng(0).normal(size=(2, 30, 5)).astype(np.float32)  # layers, tokens, experts
+    want = load_balancing_loss_func(tuple(map(torch.tensor, logits)), 5, 2).item()
+    sums = []
+    for layer in jnp.asarray(logits):
+        probabilities, _, ids = route(layer, per_token=2, renormalise=True)
+        sums.append(routing_sums(probabilities, ids, jnp.ones(30, bool)))
+    total = Routing(*(sum(x) for x in zip(*sums, strict=True)))
+    np.testing.assert_allclose(load_balancing_loss(total, 60), want, rtol=1e-6)
