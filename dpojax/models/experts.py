@@ -60,6 +60,9 @@ def mix(
       axis: the mesh axis over which the experts are spread (inside shard_map); each device computes those it holds.
     """
     count, per_token = ids.shape
+    if axis is not None:
+        # Said outright: the gradient of a gather whose indices alone vary over the axis lacks the sum over it (jax 0.10).
+        x, weights = (jax.lax.pcast(a, axis, to="varying") for a in (x, weights))
     own = gate.shape[0]
     first = 0 if axis is None else jax.lax.axis_index(axis) * own
     local = ids.reshape(-1) - first
@@ -69,9 +72,10 @@ def mix(
     token = order // per_token
     sizes = jnp.bincount(local, length=own + 1)[:own].astype(jnp.int32)
     dot = lambda a, w: jax.lax.ragged_dot(a, w, sizes)
-    rows = x[token]
-    out = dot(activation(dot(rows, gate)) * dot(rows, up), down)
-    scale = jnp.where(held, weights.reshape(-1), 0.0)[order].astype(out.dtype)
-    out = jnp.where(scale[:, None] == 0, 0, out) * scale[:, None]
+    own_row = held[order][:, None]
+    # What a ragged product gives for rows past its groups, and their gradients, is not defined: both are cut off.
+    rows = jnp.where(own_row, x[token], 0)
+    out = jnp.where(own_row, dot(activation(dot(rows, gate)) * dot(rows, up), down), 0)
+    out = out * weights.reshape(-1)[order].astype(out.dtype)[:, None]
     out = jnp.zeros((count, x.shape[1]), out.dtype).at[token].add(out)
     return out if axis is None else jax.lax.psum(out, axis)
