@@ -102,19 +102,18 @@ def response_logps(loaded: Loaded, data: Dataset, index: Index, args, name: str)
 def describe(row: dict[str, Any], group, lengths: Sequence[int], own: np.ndarray, ref: np.ndarray | None, beta: float) -> dict:
     """What is written of a row: of a pair by name, of candidates as lists in the row's own order."""
     rewards = None if ref is None else beta * (own - ref)
+    ranked = own if rewards is None else rewards
     values: dict[str, Any] = {"logps": own, "length": lengths}
     if ref is not None and rewards is not None:
         values |= {"ref_logps": ref, "reward": rewards}
     if "chosen" in row or "chosen_ids" in row:
-        named = lambda side, k: f"ref_{side}_logps" if k == "ref_logps" else f"{side}_{k}"  # as TRL names its columns
-        found = {named(side, k): v[i] for k, v in values.items() for i, side in enumerate(("chosen", "rejected"))}
-        ranked = own if rewards is None else rewards
-        return {k: v.item() if isinstance(v, np.generic) else v for k, v in found.items()} | {
-            "margin": float(ranked[0] - ranked[1])
-        }
+        sides = {"chosen": 0, "rejected": len(own) - 1}  # one and the same response where they are equal
+        name = lambda side, k: f"ref_{side}_logps" if k == "ref_logps" else f"{side}_{k}"  # as TRL names its columns
+        found = {name(side, k): v[i] for k, v in values.items() for side, i in sides.items()}
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in found.items()}
+        return plain | {"margin": float(ranked[0] - ranked[-1])}
     texts = row.get("completions", row.get("responses", list(group.responses)))
     places = [group.responses.index(t) for t in texts]
-    ranked = own if rewards is None else rewards
     best = int(np.argmax([ranked[p] for p in places]))
     return {**{k: [float(v[p]) for p in places] for k, v in values.items()}, "best": best}
 
