@@ -119,6 +119,7 @@ def default() -> ConfigDict:
     c.loss.extra = ConfigDict()  # settings of your own function that are not above
 
     c.reference = ConfigDict()
+    c.reference.init = ""  # another model as the reference; "": the policy before the preference stage
     c.reference.mode = "auto"  # live, cached, adapter (LoRA's base), none; auto: what the objective and lora.rank ask for
     c.reference.dtype = ""  # of the live tree: float32, bfloat16, int8, fp8, nf4; "": model.param_dtype
     c.reference.memory = "device"  # or pinned_host: the live tree lies in the host's memory, and a layer at a time comes over

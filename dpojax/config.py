@@ -147,6 +147,7 @@ class LoraConfig:
 class ReferenceConfig:
     """Where the reference log-probs come from."""
 
+    init: str  # a model of the policy's architecture; "" = the policy before the preference stage
     mode: str  # live, cached, adapter, none; auto: none where the objective takes none, adapter under LoRA, else live
     dtype: str  # of the live tree: float32, bfloat16, int8, fp8, nf4; "" = model.param_dtype
     memory: str  # where the live tree lies: device or pinned_host
@@ -242,12 +243,12 @@ def resolved_mode(config: Config) -> str:
         return config.reference.mode
     if not config.loss.make().uses_reference:
         return "none"
-    return "adapter" if config.lora.rank else "live"
+    return "adapter" if config.lora.rank and not config.reference.init else "live"
 
 
 def frozen_dtype(config: Config) -> str:
     """What the reference's parameters are stored in."""
-    of_base = config.lora.rank and resolved_mode(config) != "live"
+    of_base = config.lora.rank and resolved_mode(config) != "live" and not config.reference.init
     return (config.lora.base_dtype if of_base else config.reference.dtype) or config.model.param_dtype
 
 
@@ -417,6 +418,9 @@ def _validate_loss(config: Config) -> None:
 def _validate_lora(config: Config, *, moving: bool) -> None:
     """Adapters and what they leave to the reference."""
     lora, reference = config.lora, config.reference
+    if reference.init:
+        mode = resolved_mode(config)
+        _require(mode in ("live", "cached"), "reference.init", reference.init, f"'': reference.mode is {mode!r}")
     weight = config.model.router_loss_weight
     _require(math.isfinite(weight) and weight >= 0, "model.router_loss_weight", weight, "a finite number >= 0")
     if not lora.rank:

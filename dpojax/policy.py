@@ -1,5 +1,6 @@
 """config.model -> the policy's model, and its parameters before training, in their shardings."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +150,25 @@ def initial_params(job: Job, policy: Policy) -> Any:
     """The policy's parameters before any training of this run, in their shardings."""
     if policy.weights is None:
         return jax.jit(policy.model.init, out_shardings=policy.shardings)(jax.random.key(job.config.seed))
+    return _read(job, policy, policy.weights)
+
+
+def reference_params(job: Job, policy: Policy) -> Any:
+    """The parameters of reference.init, as the policy's. Raises ConfigError for another architecture."""
+    c = job.config
+    found = open_weights(c.reference.init, ignore=ignored_fields(c.model.ignore_fields))
+    ours, theirs = dataclasses.asdict(policy.config), dataclasses.asdict(found.config)
+    differ = [k for k in ours if ours[k] != theirs[k] and k not in ("init_std", "max_positions")]
+    if differ:
+        raise ConfigError(
+            f"reference.init={c.reference.init!r}: {differ[0]} is {theirs[differ[0]]!r}, the policy's is {ours[differ[0]]!r}; "
+            "the reference must have the policy's architecture"
+        )
+    return _read(job, policy, found)
+
+
+def _read(job: Job, policy: Policy, weights: Weights) -> Any:
     progress = job.progress("reading weights", hf.num_tensors(policy.config), "tensors")
-    params = policy.weights.load(policy.shardings, jnp.dtype(job.config.model.param_dtype), progress)
+    params = weights.load(policy.shardings, jnp.dtype(job.config.model.param_dtype), progress)
     progress.clear()
     return params

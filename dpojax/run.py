@@ -23,7 +23,7 @@ from dpojax.metrics import MetricsLog, duration, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, adapted, initial_adapters, open_policy
+from dpojax.policy import Policy, adapted, initial_adapters, open_policy, reference_params
 from dpojax.stages import (
     Stage,
     batch_shape,
@@ -59,10 +59,17 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     _write_settings(job, data, policy)
 
     params = params_before_dpo(job, data, policy)
-    weights = checkpoint.checksums(params)
     mode, moving = resolved_mode(config), config.loss.make().moving
+    other = reference_params(job, policy) if config.reference.init else None
+    weights = checkpoint.checksums(params if other is None else other)
     base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
-    ref = None if mode == "none" else reference.open_live(job, policy, params) if base is None or mode == "live" else base
+    if mode == "none":
+        ref = None
+    elif other is not None:
+        ref = reference.open_live(job, policy, other)
+        jax.tree.map(lambda x: x.delete(), other)
+    else:
+        ref = reference.open_live(job, policy, params) if base is None or mode == "live" else base
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, [data.train_index, data.eval_index], groups)
     job.say(
@@ -82,8 +89,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     quantised_ref = mode == "live" and config.reference.dtype in QUANTISED
     if quantised_ref:
         _say_rounding(job, data, policy, full(params), ref, config.reference.dtype, shape, groups)
-    # What rounding does to a quantised reference is said above; the rest must hold as without it.
-    check = _self_check(job, data, policy, full(params), full(params) if quantised_ref else ref, shape)
+    # What must hold is known where policy == reference: a quantised or another reference is left out of it.
+    own_ref = full(params) if ref is not None and (quantised_ref or config.reference.init) else ref
+    check = _self_check(job, data, policy, full(params), own_ref, shape)
     caches: tuple[Any, Any] = (None, None)
     if mode == "cached":
         caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
@@ -106,8 +114,10 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     samples = None
     if sampler is not None:
         # A cached or moving reference gave up its first parameters during training.
-        first = base if ref is None else ref
-        samples = sampler.compare(full(state.params), params_before_dpo(job, data, policy) if first is None else first)
+        first = ref if ref is not None or config.reference.init else base
+        if first is None:
+            first = reference_params(job, policy) if config.reference.init else params_before_dpo(job, data, policy)
+        samples = sampler.compare(full(state.params), first)
     if config.export:
         _export(job, data, policy, full(state.params))
     summary = {

@@ -528,7 +528,8 @@ def preference_gradients(
         results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
         scalars = pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
         if parts is not None:
-            scalars["aux_loss"] = parts.sum() / batch.num_pairs  # TRL's name
+            assert balance is not None
+            scalars["aux_loss"] = parts.sum() / batch.num_pairs / balance.weight  # TRL's name, without the weight
         return Gradients(
             mean,
             grads,

@@ -186,6 +186,22 @@ def test_a_sentencepiece_model_reads_its_control_pieces_in_chat_text(shared_data
     assert answer == [*tokenizer.encode_continuation(" Yes."), tokenizer.eos_id]
 
 
+def test_bos_stands_where_the_tokenizer_itself_puts_one(shared_data, tmp_path):
+    ids = {n: load_tokenizer(str(shared_data / "tokenizers" / n)).bos_id for n in ("tinyllama", "gpt2", "gpt-neox", "llama2")}
+    assert ids == {"tinyllama": 1, "gpt2": None, "gpt-neox": None, "llama2": 1}
+    (tmp_path / "tokenizer.model").write_bytes((shared_data / "tokenizers/llama2/tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    assert load_tokenizer(str(tmp_path)).bos_id is None
+
+
+def test_tools_may_be_json_text(tinyllama):
+    source = "{{ tools|length if tools else 0 }} tools\n" + CHATML
+    read = lambda tools: RowReader("", chat=ChatTemplate(source)).read({**ROW, "tools": tools}, "x").prompt
+    assert read([{"name": "a"}]) == read('[{"name": "a"}]') and read(None).startswith("0 tools")
+    with pytest.raises(DataError, match="column 'tools'"):
+        read("[{")
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from dpojax import sampling
 from dpojax.models import hf
 from dpojax.models.families import FAMILIES
 from dpojax.train import make_token_logps_step
@@ -128,6 +129,25 @@ def test_logits_log_probs_and_export_are_those_of_transformers(tmp_path, name):
 
     again = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="float32", attn_implementation="eager").eval()
     np.testing.assert_array_equal(their_logits(again, ids), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt2", "gptj", "gpt_neox"])
+def test_greedy_decoding_with_a_cache_follows_transformers(tmp_path, name):
+    reference = theirs(name, tmp_path)
+    _, model, params = ours(tmp_path)
+    settings = sampling.SampleSettings(14, 0.0, 0, 1.0, (VOCAB + 1,), 0)
+    sampler = sampling.Sampler(*map(jax.jit, sampling.make_sampler(model, settings)))
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (3, 19, 11)]  # of several lengths; past every window
+    common = dict(settings=settings, seed=0, width=24, batch_size=3, put=jnp.asarray, fetch=np.asarray, progress=lambda n: None)
+    for prompt, response in zip(prompts, sampling.generate(sampler, params, prompts, **common), strict=True):
+        ids, logps = list(prompt), []
+        for token in response.ids:  # by their own forward of the whole text, token by token
+            logits = their_logits(reference, np.asarray([ids]))[0, -1].astype(np.float64)
+            assert token == logits.argmax() or np.sort(logits)[-1] - logits[token] < 1e-4
+            logps.append(logits[token] - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
+            ids.append(token)
+        np.testing.assert_allclose(response.logps, logps, atol=1e-4)
 
 
 def test_every_family_is_tested():

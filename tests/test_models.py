@@ -14,7 +14,8 @@ import pytest
 import tiny
 from runs import ROOT, environment
 
-from dpojax import sharding
+from dpojax import generate, sharding
+from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError
 from dpojax.models import hf
 from dpojax.models.config import ModelConfig, RopeScaling
@@ -136,32 +137,36 @@ def test_a_model_config_survives_json():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-def greedy(config, params, ids: list[int], count: int) -> list[int]:
-    """`count` more tokens, one full forward each: no cache, no sampler."""
-    model, ids = tiny.model(config), list(ids)
-    for _ in range(count):
-        ids.append(int(tiny.all_logps(model, params, ids)[-1].argmax()))
-    return ids
-
-
-def llama2c_pieces(path: pathlib.Path, count: int) -> list[str]:
-    """The texts of a llama2.c tokenizer.bin."""
-    data, pieces, place = path.read_bytes(), [], 4
-    for _ in range(count):
-        length = int.from_bytes(data[place + 4 : place + 8], "little")
-        pieces.append(data[place + 8 : place + 8 + length].decode())
-        place += 8 + length
-    return pieces
-
-
-def test_stories260k_writes_the_text_of_its_c_program(shared_data):
+def test_stories260k_writes_the_text_of_its_c_program(shared_data, tmp_path):
     folder = shared_data / "models/stories260K"
-    weights = open_weights(str(folder / "stories260K.bin"))
-    params = weights.load(spread(weights.config), jnp.float32, lambda n: None)
-    ids = greedy(weights.config, params, [1], 200)
-    pieces = llama2c_pieces(folder / "tok512.bin", weights.config.vocab_size)
-    text = "".join(chr(int(p[3:5], 16)) if p.startswith("<0x") else p for p in (pieces[i] for i in ids[1:]))
-    assert text.strip() == LILY
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt_ids": [1]}))  # BOS alone, as its program starts
+    argv = [
+        f"--model={folder / 'stories260K.bin'}",
+        f"--tokenizer={folder / 'tok512.bin'}",
+        f"--prompts={prompts}",
+        f"--out={out}",
+    ]
+    assert generate.main([*argv, "--temperature=0", "--max_new_tokens=200"]) == 0
+    (response,) = json.loads(out.read_text())["responses"]
+    assert response["text"] == LILY
+
+
+def test_a_llama2c_tokenizer_reads_what_it_writes(shared_data):
+    file = shared_data / "models/stories260K/tok512.bin"
+    tokenizer = load_tokenizer(str(file))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
+    for text in (LILY, "naïve 🙂", "  two  spaces", ""):
+        ids = tokenizer.encode_prompt(text)
+        assert tokenizer.decode(ids) == text and len(ids) <= 2 + len(text.encode())
+
+
+@pytest.mark.parametrize("cut", [3, 100, 1001])
+def test_a_damaged_llama2c_tokenizer_is_a_config_error(shared_data, tmp_path, cut):
+    data = (shared_data / "models/stories260K/tok512.bin").read_bytes()
+    (tmp_path / "tok.bin").write_bytes(data[:cut])
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_tokenizer(str(tmp_path / "tok.bin"))
 
 
 @pytest.mark.parametrize("fault", ["truncated", "header", "empty"])

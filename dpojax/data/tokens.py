@@ -7,9 +7,11 @@ template holds its special tokens itself, BOS and ends of turns included; nothin
 
 import hashlib
 import json
+import math
 import pathlib
 import re
 import shutil
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -68,7 +70,8 @@ class SentencePieceTokenizer:
         bos, eos, pad = self._prompt.bos_id(), self._prompt.eos_id(), self._prompt.pad_id()
         if eos < 0:
             raise ConfigError(f"tokenizer {self.name}: it has no EOS piece; responses could not end")
-        self.bos_id, self.eos_id = (bos if bos >= 0 else None), eos
+        named = {} if self.folder is None else _special_names(self.folder)
+        self.bos_id, self.eos_id = (bos if bos >= 0 and named.get("add_bos_token") != "False" else None), eos
         self.pad_id = pad if pad >= 0 else eos
         self.vocab_size = self._prompt.vocab_size()
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
@@ -146,7 +149,10 @@ class JsonTokenizer:
         self._text, self._chat = text, None
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
         names = _special_names(self.path.parent)
-        self.bos_id = self._id(names.get("bos_token"))
+        bos = self._id(names.get("bos_token"))
+        # BOS where the tokenizer itself puts one: many files name a token that no text of theirs ever started with (GPT-2).
+        adds = self._prompt.encode("a", add_special_tokens=True).ids[:1] == [bos]
+        self.bos_id = bos if names.get("add_bos_token", str(adds)) == "True" else None
         eos = self._id(names.get("eos_token"))
         if eos is None:
             known = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
@@ -245,7 +251,7 @@ def _without_prefix(spec: dict) -> dict:
 
 
 def _special_names(folder: pathlib.Path) -> dict[str, str]:
-    """bos_token, eos_token and pad_token from the files that Hugging Face keeps beside tokenizer.json."""
+    """bos_token, eos_token, pad_token and add_bos_token from the files that Hugging Face keeps beside tokenizer.json."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -258,11 +264,39 @@ def _special_names(folder: pathlib.Path) -> dict[str, str]:
                 value = value.get("content") if isinstance(value, dict) else value
                 if isinstance(value, str):
                     names[key] = value
+            if isinstance(values.get("add_bos_token"), bool):
+                names["add_bos_token"] = str(values["add_bos_token"])
     return names
 
 
+def _from_llama2c(data: bytes, path: str) -> bytes:
+    """A llama2.c tokenizer.bin (longest piece; then score, length and text of each) as a sentencepiece model.
+
+    The format is that of github.com/karpathy/llama2.c: pieces of a BPE model with byte fallback, white space written out.
+    """
+    spec, place = sentencepiece_model_pb2.ModelProto(), 4  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = {0: 2, 1: 3, 2: 3}  # <unk>, and the control pieces <s> and </s>
+    while place < len(data):
+        if place + 8 > len(data):
+            raise ConfigError(f"tokenizer {path!r}: not a llama2.c tokenizer.bin: it is cut short")
+        score, length = struct.unpack_from("<fi", data, place)
+        text = data[place + 8 : place + 8 + length]
+        place += 8 + length
+        number = len(spec.pieces)
+        if not 0 < length < 1000 or place > len(data) or not math.isfinite(score):
+            raise ConfigError(f"tokenizer {path!r}: not a llama2.c tokenizer.bin: piece {number} is damaged")
+        piece = text.decode("utf-8", errors="replace")
+        byte = re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+        names = {0: "<unk>", 1: "<s>", 2: "</s>"}  # it keeps them with line breaks around them
+        plain = names.get(number) or (piece if byte else piece.replace(" ", "\u2581"))
+        spec.pieces.add(piece=plain, score=score, type=kinds.get(number, 6 if byte else 1))
+    spec.trainer_spec.model_type, spec.trainer_spec.byte_fallback = 2, True
+    spec.normalizer_spec.add_dummy_prefix, spec.normalizer_spec.remove_extra_whitespaces = True, False
+    return spec.SerializeToString()
+
+
 def load_tokenizer(path: str) -> Tokenizer:
-    """Opens a `.model` or `tokenizer.json` file, or a folder that holds one.
+    """Opens a `.model` or `tokenizer.json` file, a folder that holds one, or a llama2.c tokenizer `.bin`.
 
     Raises: ConfigError if there is none, it is damaged, or it has no EOS.
     """
@@ -277,6 +311,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     if file.suffix == ".json":
         return JsonTokenizer(file)
     model = file.read_bytes()
+    if file.suffix == ".bin":
+        return SentencePieceTokenizer(_from_llama2c(model, path), file.name, None)
     if not model:
         raise ConfigError(f"tokenizer {path!r}: the file is empty")
     return SentencePieceTokenizer(model, file.name, file.parent)
@@ -298,6 +334,7 @@ def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
     if source is None:
         return None
     names = {} if tokenizer.folder is None else _special_names(tokenizer.folder)
+    names.pop("add_bos_token", None)
     if tokenizer.bos_id is not None:
         names.setdefault("bos_token", tokenizer.piece(tokenizer.bos_id))
     names.setdefault("eos_token", tokenizer.piece(tokenizer.eos_id))

@@ -16,6 +16,7 @@ Optional with a pair: weight, soft_label, and score_chosen with score_rejected (
 """
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -378,6 +379,15 @@ def _from_messages(row: Row, where: str, template: str, chat: ChatTemplate | Non
     return Group(_as_text(before), (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))
 
 
+def _tools(row: Row, where: str) -> Any:
+    """The column tools: a list, or the same as JSON text."""
+    tools = row.get("tools")
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise DataError(f"{where}: column 'tools' is {tools!r:.60}, not JSON: {error}") from error
+
+
 def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> Group:
     """The prompt and the two responses as the chat template writes them."""
     message = lambda role, content: {"role": role, "content": content}
@@ -387,7 +397,7 @@ def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> G
     if any(not content.strip() for _, content in answers):
         raise Dropped("empty_response")
     try:
-        written = [chat.split(prompt, message(*a), tools=row.get("tools")) for a in answers]
+        written = [chat.split(prompt, message(*a), tools=_tools(row, where)) for a in answers]
     except TemplateError as error:
         raise DataError(f"{where}: {chat.name}: {error}") from error
     responses, contents = tuple(w.response for w in written), tuple(w.content for w in written)
