@@ -16,7 +16,7 @@ from dpojax.config import check_template, unescape
 from dpojax.data.index import Dataset
 from dpojax.data.packing import TokenGroup
 from dpojax.data.records import open_records
-from dpojax.data.tokens import Limits, load_tokenizer
+from dpojax.data.tokens import Limits, chat_template, load_tokenizer
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import DataError, DpojaxError
 from dpojax.metrics import Progress
@@ -189,9 +189,9 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, template = (load_tokenizer(args.tokenizer) if args.tokenizer else None), unescape(args.prompt_template)
         check_template(template)
         limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
-        data = Dataset(
-            open_records(args.data), RowReader(template, "unpaired" if args.unpaired else "pairs"), tokenizer, limits
-        )
+        chat = None if tokenizer is None or template else chat_template(tokenizer)
+        reader = RowReader(template, "unpaired" if args.unpaired else "pairs", chat)
+        data = Dataset(open_records(args.data), reader, tokenizer, limits)
         progress = Progress("reading", data.records.size, "rows", enabled=True)
         found = audit(data, show=args.show, progress=progress)
     except DpojaxError as error:

@@ -194,7 +194,7 @@ def generate(args: argparse.Namespace) -> None:
     check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens)
     if max(map(max, ids)) >= loaded.config.vocab_size:
         raise ConfigError(f"a prompt holds the token id {max(map(max, ids))}, the model has {loaded.config.vocab_size}")
-    ends = stop_ids(tokenizer, chat if args.chat or any("content" in str(p.row) for p in prompts) else None)
+    ends = stop_ids(tokenizer, chat)
     settings = sampling.SampleSettings(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, ends, tokenizer.pad_id, args.num_samples
     )

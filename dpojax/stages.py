@@ -317,6 +317,8 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
             "max_response_tokens": c.data.max_response_tokens,
             "prompt_template": c.data.prompt_template,
             "mask_ids": sorted(data.mask_ids),
+            "mask_template": data.mask_template,
+            "chat_template": None if data.reader.chat is None else checkpoint.digest(data.reader.chat[:3]),
         },
         "seed": {"seed": c.seed, "shuffle": c.data.shuffle},
         **more,

@@ -221,11 +221,3 @@ def find_template(folder: pathlib.Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
-
-
-def check_template(template: ChatTemplate) -> None:
-    """Raises ConfigError for a template that cannot be split, or that refuses the plainest dialogue."""
-    try:
-        template.split([{"role": "user", "content": "Hello"}], {"role": "assistant", "content": "Good day"})
-    except TemplateError as error:
-        raise ConfigError(f"{template.name}: {error}") from error

@@ -321,7 +321,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
     """The tokenizer's own chat template, or that of a file; None if there is none.
 
-    Raises: ConfigError if it cannot be read, or not be split into prompt and response.
+    Raises: ConfigError if it cannot be read.
     """
     if file:
         path = pathlib.Path(file)
@@ -354,8 +354,8 @@ def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, 
     if template is not None:
         try:
             words = template.split([{"role": "user", "content": "Hello"}], {"role": "assistant", "content": "Good day"})
-        except TemplateError as error:
-            raise ConfigError(f"{template.name}: {error}") from error
+        except TemplateError:
+            return tuple(dict.fromkeys(found))  # one that takes other dialogues alone, or cannot be split: rows will say so
         ids, spans = tokenizer.encode_chat(words.response, continuation=True)
         special, end = set(tokenizer.specials().values()), words.content[1] if words.content else 0
         found += [i for i, (start, _) in zip(ids, spans, strict=True) if i in special and start >= end][:1]
