@@ -34,7 +34,7 @@ SMALL = {
 def command(files, workdir, **changes):
     settings = SMALL | {"data.train": files / "train.jsonl", "data.eval": files / "eval.jsonl"}
     settings |= {"tokenizer": files / "tokenizer.model", **changes}
-    flags = [f"--config.{k}={v}" for k, v in settings.items()]
+    flags = [f"--config.{k}={v}" for k, v in settings.items() if v is not None]
     return [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
 
 

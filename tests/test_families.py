@@ -189,3 +189,55 @@ def test_the_load_balancing_loss_is_that_of_transformers():
         sums.append(routing_sums(probabilities, ids, jnp.ones(30, bool)))
     total = Routing(*(sum(x) for x in zip(*sums, strict=True)))
     np.testing.assert_allclose(load_balancing_loss(total, 60), want, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mixtral", {"model.router_loss_weight": 0.02, "mesh.fsdp": 2, "mesh.tensor": 2}),
+        ("gemma2", {"lora.rank": 4, "lora.targets": "q,v,gate", "lora.alpha": 8.0}),
+        ("gpt2", {"loss.name": "ipo", "mesh.fsdp": 4}),
+    ],
+)
+def test_a_run_starts_from_a_family_and_exports_what_transformers_opens(tmp_path, name, changes):
+    import transformers
+    from runs import rows, run
+
+    reference = theirs(name, tmp_path / "base")
+    rng = np.random.default_rng(0)
+    ids = lambda low, high: rng.integers(0, VOCAB, int(rng.integers(low, high))).tolist()
+    made = [{"prompt_ids": ids(3, 20), "chosen_ids": ids(1, 18), "rejected_ids": ids(1, 18)} for _ in range(24)]
+    for part, own in (("train", made), ("eval", made[:16])):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    settings = {
+        "tokenizer": "",
+        "model.init": tmp_path / "base",
+        "export": True,
+        "self_check": "full",
+        "loss.beta": 0.5,
+        **changes,
+    }
+    sizes = ("hidden_size", "intermediate_size", "head_dim")
+    settings |= {f"model.{s}": None for s in sizes}
+    run(tmp_path, tmp_path / "run", devices=4, **settings)
+    logged = rows(tmp_path / "run")
+    first, last = (next(r for r in order if "eval_loss" in r) for order in (logged, logged[::-1]))
+    assert abs(first["eval_rewards/margins"]) < 1e-4 and last["eval_loss"] < first["eval_loss"]
+    if name == "mixtral":
+        assert all(r["aux_loss"] >= 1 for r in logged if "loss" in r)  # 1: perfectly balanced
+
+    def their_mean(model):
+        sums = []
+        for row in made[:16]:
+            whole = np.asarray([row["prompt_ids"] + row["chosen_ids"]])
+            logits = their_logits(model, whole)[0].astype(np.float64)
+            normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            sums.append(normal[np.arange(len(row["prompt_ids"]) - 1, whole.size - 1), row["chosen_ids"]].sum())
+        return np.mean(sums)
+
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run/export", dtype="float32", attn_implementation="eager"
+    ).eval()
+    np.testing.assert_allclose(first["eval_logps/chosen"], their_mean(reference), atol=1e-3)
+    np.testing.assert_allclose(last["eval_logps/chosen"], their_mean(again), atol=1e-3)

@@ -255,7 +255,7 @@ def spiky_step(*, skip):
     batch, _ = tiny.pack(tiny.groups(np.random.default_rng(0), 2))
     batch = jax.tree.map(jnp.asarray, batch)
 
-    def gradients(state, ref, b, details, constrain):
+    def gradients(state, ref, b, details, constrain, base=None):
         loss, grads = jax.value_and_grad(lambda p: b.pair_weight[0, 0, 0] * p["x"])(state.params)
         return Gradients(loss, grads, {"seen": loss}, jnp.zeros(b.valid.shape), b.row_id, state.reward_mean)
 

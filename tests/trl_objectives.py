@@ -93,7 +93,7 @@ class Accelerator:
 class FakeModel:
     """Returns given log-probs, whatever it is asked."""
 
-    training, is_gradient_checkpointing = True, False
+    training, is_gradient_checkpointing, _modules = True, False, {}  # as accelerate asks where PEFT is installed
 
     def __init__(self, logps, squares=None):
         self.logps, self.squares = logps, squares

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from dpojax.models import experts
 from dpojax.models.attention import SAVED, Rows, attend
 from dpojax.models.config import ModelConfig
-from dpojax.models.experts import Routing, mix, route, routing_sums
+from dpojax.models.experts import Routing, route, routing_sums
 from dpojax.models.lora import LORA_A, LORA_B, Adapter
 from dpojax.models.quantise import in_compute
 from dpojax.models.rope import rope_angles, rotate
@@ -252,7 +253,7 @@ def make_decoder(
     param_dtype: jnp.dtype,
     remat: str,
     constrain: Callable[[Array], Array],
-    mix: Callable[..., Array] = mix,
+    mix: Callable[..., Array] = experts.mix,
     adapter: Adapter | None = None,
 ) -> Model:
     """Builds the decoder that `config` describes.
@@ -294,7 +295,7 @@ def make_decoder(
 
     def init(key):
         one = jnp.zeros((1, 1), jnp.int32)
-        decoder = _Decoder(config, dtype, param_dtype, Parts(train_attention, mix, lambda x: x, None), "none")
+        decoder = _Decoder(config, dtype, param_dtype, Parts(train_attention, experts.mix, lambda x: x, None), "none")
         return decoder.init(key, one, one, Rows(one, one, one), one > 0, None, None)["params"]
 
     def routed(params, tokens, positions, group, branch, key=None):

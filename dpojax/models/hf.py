@@ -148,15 +148,16 @@ def _sizes(row: ParamRow) -> tuple[int, int]:
 def place(row: ParamRow, rows: Mapping[str, ParamRow], family: Family) -> Place:
     """Where `row` lies in a checkpoint of the family; `rows` are all rows by name."""
     ends = "_bias" if row.name.endswith("_bias") else ""
-    source: Source = family.names[row.name.removesuffix(ends) if ends else row.name]
+    base = row.name.removesuffix("_bias")
+    source: Source = family.names[base]
     name = source.name + (".bias" if ends else ".weight")
     inputs, outputs = _sizes(row)
     if not row.in_dims and len(row.shape) > 1 and row.axes[-1] == "embed":  # a table: rows by position, as it is
         return Place(name, row.shape, 1, 0, row.shape[0], row.shape[0], row.shape[1], True)
-    parts = source.parts or (row.name.removesuffix(ends) if ends else row.name,)
+    parts = source.parts or (base,)
     groups = rows["q"].shape[1] if source.per_head else 1
     sizes = {p: _sizes(rows[p + ends])[1] // groups for p in parts}
-    start = sum(list(sizes.values())[: parts.index(row.name.removesuffix(ends) if ends else row.name)])
+    start = sum(list(sizes.values())[: parts.index(base)])
     whole = sum(sizes.values())
     shape = (whole * groups,) if not inputs else (whole * groups, inputs) if source.transposed else (inputs, whole * groups)
     return Place(name, shape, groups, start, start + outputs // groups, whole, inputs, source.transposed)
@@ -446,8 +447,17 @@ def export_params(
       write: whether this process writes (one does; all take part in fetching).
       max_shard_bytes: a larger model gets several files and an index.
       progress: called with the number of tensors written so far.
+    Raises: ConfigError if the folder cannot be written.
     """
-    dtype = np.dtype(dtype)
+    try:
+        _export(params, config, folder, fields, np.dtype(dtype), companions, write, max_shard_bytes, progress)
+    except OSError as error:
+        raise ConfigError(f"{folder}: the export cannot be written: {error.strerror or error}") from error
+
+
+def _export(
+    params, config: ModelConfig, folder: pathlib.Path, fields, dtype, companions, write, max_shard_bytes, progress
+) -> None:
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     done = 0
