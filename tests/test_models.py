@@ -19,7 +19,8 @@ from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError
 from dpojax.models import hf
 from dpojax.models.config import ModelConfig, RopeScaling
-from dpojax.models.table import logical_axes
+from dpojax.models.families import model_config
+from dpojax.models.table import logical_axes, num_params
 from dpojax.weights import open_weights
 
 # test_all.py of github.com/karpathy/llama2.c: what its C program writes with `-t 0.0 -n 200`.
@@ -236,3 +237,13 @@ def test_the_host_holds_little_besides_the_arrays_while_a_gibibyte_is_imported(t
     print(found)
     assert found["arrays_mib"] > 1000
     assert found["beyond_mib"] < 1.5 * found["largest_tensor_mib"]
+
+
+PUBLISHED = json.loads((ROOT / "tests/frozen/published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_as_models_of_their_published_size(name):
+    """Fields as their config.json spells them; the number of parameters is that of the model's page on the hub."""
+    entry = PUBLISHED[name]
+    assert num_params(model_config(entry["config"], pathlib.Path(name))) == entry["parameters"]

@@ -32,6 +32,24 @@ INERT = {
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
     *("output_router_logits", "router_aux_loss_coef"),  # of training: model.router_loss_weight
+    *("transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset"),
+    # of generation, and of other kinds of models: older files hold all of them
+    *(
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "max_sequence_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    ),
+    *("num_beams", "num_beam_groups", "num_return_sequences", "early_stopping", "repetition_penalty", "length_penalty"),
+    *("diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+    *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("decoder_start_token_id", "sep_token_id", "prefix", "finetuning_task", "remove_invalid_values", "output_scores"),
+    *("return_dict_in_generate", "tie_encoder_decoder", "torchscript", "tf_legacy_loss", "use_bfloat16"),
 }
 # Fields that must have these values: anything else would change the forward pass.
 NEUTRAL: dict[str, tuple] = {
@@ -48,6 +66,8 @@ NEUTRAL: dict[str, tuple] = {
     "cross_attention_hidden_size": (None,),
     "use_bidirectional_attention": (False, None),
     "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "pruned_heads": ({}, None),
     "use_qk_norm": (False,),
     "rope_scaling": (None,),
     "decoder_sparse_step": (1,),
@@ -481,7 +501,7 @@ FAMILIES: dict[str, Family] = {
         _llama_names(**POST_NORMS),
         _gemma2_windows,
         _rope,
-        ("hidden_act",),
+        ("hidden_act", "sliding_window_size"),
         _gemma2,
     ),
     "gemma3_text": Family(
