@@ -309,8 +309,10 @@ def _export(job: Job, data: Data, policy: Policy, params) -> None:
         adapters = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
         whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(adapters)
         scale = c.lora.alpha / c.lora.rank
+        # After an SFT stage the base is its result, which dpojax alone reads; PEFT takes the merged export.
+        base = c.model.init if data.sft is None else str((job.workdir / "sft").resolve())
         if job.main_process:
-            peft.export_adapters(whole, policy.config, job.workdir / "adapter", scale=scale, base=c.model.init)
+            peft.export_adapters(whole, policy.config, job.workdir / "adapter", scale=scale, base=base)
         params = jax.jit(lambda tree: lora.merge(tree, policy.config, scale))(params)
     progress = job.progress("export", hf.num_tensors(policy.config), "tensors")
     hf.export_params(

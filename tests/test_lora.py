@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -269,7 +268,8 @@ def test_experts_spread_over_a_mesh_give_the_same(mesh):
     a, ga = jax.value_and_grad(functools.partial(f, plain))(params, ids)
     b, gb = jax.jit(jax.value_and_grad(functools.partial(f, there)))(jax.device_put(params, shardings), rows_of)
     np.testing.assert_allclose(a, b, rtol=1e-4)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-3), ga, gb)
+    # To the global norm of the gradient, as design.md bounds it: sums over devices come in another order.
+    assert float(optax.tree.norm(jax.tree.map(lambda x, y: x - jax.device_get(y), ga, gb)) / optax.tree.norm(ga)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "aot"])
@@ -335,10 +335,6 @@ def test_a_run_with_adapters_resumes_bit_equal_and_its_export_is_the_policy(file
     # The merged export, the PEFT adapter over the SFT checkpoint, and the workdir itself are one and the same policy.
     from dpojax.weights import open_weights
 
-    settings = json.loads((tmp_path / "whole/adapter/adapter_config.json").read_text())
-    (tmp_path / "whole/adapter/adapter_config.json").write_text(
-        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "whole/sft")})
-    )
     trees = []
     for place in ("export", "adapter", ""):
         weights = open_weights(str(tmp_path / "whole" / place))
