@@ -181,7 +181,7 @@ class MeshConfig:
     rules: dict[str, str]
 
 
-CHANGEABLE = ("data", "tokenizer", "model", "dtype", "reference", "layout", "loss", "seed", "batch", "sft", "init")
+CHANGEABLE = ("data", "tokenizer", "model", "dtype", "reference", "layout", "loss", "seed", "batch", "sft", "init", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,6 +403,12 @@ def _validate_loss(config: Config) -> None:
     if loss.needs("scores"):
         _require(flips == 0, "data.flip_labels", flips, f"0: a flipped pair has no score margin for {loss.name}")
     _validate_lora(config, moving=loss.moving is not None)
+    if loss.moving is not None:
+        own = config.reference
+        _require(
+            own.dtype not in QUANTISED, "reference.dtype", own.dtype, f"float32 or bfloat16: {loss.name} moves its reference"
+        )
+        _require(own.memory == "device", "reference.memory", own.memory, f"'device': {loss.name} moves its reference")
     mode = config.reference.mode
     if loss.needs_live_reference:
         _require(
@@ -430,7 +436,7 @@ def _validate_lora(config: Config, *, moving: bool) -> None:
     _require(math.isfinite(lora.alpha) and lora.alpha > 0, "lora.alpha", lora.alpha, "a finite number > 0")
     _require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "in [0, 1)")
     _require(not moving, "lora.rank", lora.rank, f"0: {config.loss.name} moves its reference, and the base is frozen")
-    if resolved_mode(config) == "adapter":
+    if resolved_mode(config) != "live" and not reference.init:
         _require(not reference.dtype, "reference.dtype", reference.dtype, "'': the reference is the base, in lora.base_dtype")
         _require(reference.memory == "device", "reference.memory", reference.memory, "'device': the reference is the base")
         _require(not reference.rules, "reference.rules", reference.rules, "empty: the reference is the base")

@@ -15,7 +15,7 @@ from dpojax.metrics import Progress
 from dpojax.models import hf
 from dpojax.models.attention import full_attention
 from dpojax.models.decoder import make_decoder
-from dpojax.weights import open_weights
+from dpojax.weights import ignored_fields, open_weights
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads and writes, tensor by tensor. Raises ConfigError for what cannot be read or written."""
-    weights = open_weights(args.model, ignore=frozenset(filter(None, args.ignore_fields.split(","))))
+    weights = open_weights(args.model, ignore=ignored_fields(args.ignore_fields))
     out = pathlib.Path(args.out)
     if out.exists() and pathlib.Path(args.model).resolve() == out.resolve():
         raise ConfigError(f"--out={args.out!r} is what is read; name another folder")

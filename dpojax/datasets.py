@@ -14,6 +14,7 @@ from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, chat_template
 from dpojax.data.triples import RowReader
 from dpojax.errors import ConfigError, DataError
 from dpojax.job import Job, same_everywhere
+from dpojax.models import peft
 from dpojax.objectives import Loss
 
 
@@ -122,6 +123,8 @@ def tokenizer_of(init: str) -> str:
     if not init or "\0" in init:
         return ""
     folder = pathlib.Path(init)
+    if (folder / peft.CONFIG).is_file() and not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        return tokenizer_of(str(peft.base_folder(folder, peft.read_settings(folder))))
     for place in (folder, folder / "tokenizer", folder.parent / "tokenizer", folder.parent.parent / "tokenizer"):
         if any((place / name).is_file() for name in TOKENIZER_NAMES):
             return str(place)

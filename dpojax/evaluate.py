@@ -15,7 +15,7 @@ from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.objectives import Loss
-from dpojax.policy import Policy
+from dpojax.policy import Policy, check_positions
 from dpojax.programs import Program
 from dpojax.train import PairResults, pair_scalars
 
@@ -53,6 +53,7 @@ class Sampling:
         self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
         batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
         width = sampling.prompt_width(self.prompts)
+        check_positions(policy.config, max(map(len, self.prompts)) + c.max_new_tokens, "sample.max_new_tokens")
         put = sampling.rows_put(job.mesh)
         self.common = dict(width=width, batch_size=batch_size, put=put, fetch=sampling.fetch_whole)
         ends = stop_ids(self.tokenizer, data.train.reader.chat)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--top_k", type=int, default=0, help="0: off")
     made.add_argument("--top_p", type=float, default=1.0, help="1: off")
     made.add_argument("--stop", action="append", default=[], help="text that ends a response and is cut off; may be repeated")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="a draw depends on it and on the row's place in the file")
     made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     made.add_argument("--prompt_template", default="", help="with {prompt}, for prompts that are text")
     made.add_argument("--chat", action="store_true", help="a prompt that is text is a user's message for the chat template")
@@ -59,6 +59,7 @@ class Prompt(NamedTuple):
 
 def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Prompt:
     """A row's prompt. Raises DataError naming the column that is wrong."""
+    row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one
     given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
     limit = args.max_prompt_tokens or sys.maxsize
     if "prompt_ids" in row:
@@ -74,8 +75,10 @@ def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTem
             )
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):
             raise DataError(f"{where}: a message is {{role, content}} of strings")
-        if (word := chat.forged(given)) is not None:
-            raise DataError(f"{where}: a message spells the special token {word!r}, which the template would pass on as one")
+        if (word := chat.forged(given, row.get("tools"))) is not None:
+            raise DataError(
+                f"{where}: a message or tool spells the special token {word!r}, which the template would pass on as one"
+            )
         try:
             text = chat.render(given, add_generation_prompt=True, tools=row.get("tools"))
         except TemplateError as error:
@@ -84,7 +87,10 @@ def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTem
     if not isinstance(given, str) or not given:
         raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
     text = args.prompt_template.format(prompt=given) if args.prompt_template else given
-    return Prompt(row, prompt_ids(text, tokenizer, limit)[0])
+    ids = prompt_ids(text, tokenizer, limit)[0]
+    if not ids:
+        raise DataError(f"{where}: column 'prompt' is {given!r:.60}, which the tokenizer reads as no token at all")
+    return Prompt(row, ids)
 
 
 def read_prompts(args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[Prompt]:
@@ -108,6 +114,7 @@ def check_settings(args) -> None:
         raise ConfigError(f"--temperature={args.temperature}: it must be finite and >= 0")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top_p={args.top_p}: it must be in (0, 1]")
+    args.stop = [unescape(s) for s in args.stop]
     if any(not s for s in args.stop):
         raise ConfigError("--stop='': it must not be empty")
     args.prompt_template = unescape(args.prompt_template)
@@ -191,7 +198,7 @@ def generate(args: argparse.Namespace) -> None:
     out = Output(args.out)
     loaded = load_model(args.model, args, quiet=out.path is None)
     ids = [p.ids for p in prompts]
-    check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens)
+    check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens, "--max_prompt_tokens or --max_new_tokens")
     if max(map(max, ids)) >= loaded.config.vocab_size:
         raise ConfigError(f"a prompt holds the token id {max(map(max, ids))}, the model has {loaded.config.vocab_size}")
     ends = stop_ids(tokenizer, chat)

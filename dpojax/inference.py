@@ -19,7 +19,7 @@ from dpojax.metrics import Progress, say
 from dpojax.models import Model, ModelConfig, hf, make_decoder
 from dpojax.models.attention import make_attention
 from dpojax.models.table import num_params
-from dpojax.weights import open_weights
+from dpojax.weights import ignored_fields, open_weights
 
 
 class Loaded(NamedTuple):
@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> Loaded:
     """The model at `path` (see weights.open_weights), spread over all devices; `quiet`: without progress."""
-    weights = open_weights(path, ignore=frozenset(filter(None, args.ignore_fields.split(","))))
+    weights = open_weights(path, ignore=ignored_fields(args.ignore_fields))
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=args.tensor)
     dtype = jnp.dtype(args.dtype)
     model = make_decoder(

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from dpojax import sharding
-from dpojax.config import QUANTISED, SIZES
+from dpojax.config import SIZES
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, lora, make_decoder
 from dpojax.models.attention import make_attention
-from dpojax.models.quantise import quantise_params
+from dpojax.models.quantise import store_as
 from dpojax.models.table import num_params
-from dpojax.weights import Weights, open_weights
+from dpojax.weights import Weights, ignored_fields, open_weights
 
 
 class Policy(NamedTuple):
@@ -42,11 +42,6 @@ def _open_weights(job: Job, data: Data) -> tuple[Weights | None, ModelConfig]:
         raise ConfigError(str(error)) from error
 
 
-def ignored_fields(names: str) -> frozenset[str]:
-    """model.ignore_fields as names."""
-    return frozenset(n.strip() for n in names.split(",") if n.strip())
-
-
 def open_policy(job: Job, data: Data) -> Policy:
     """The policy's model, before any of its parameters is read.
 
@@ -65,7 +60,7 @@ def open_policy(job: Job, data: Data) -> Policy:
         raise ConfigError(f"the data holds the token id {largest}, the model's embedding has {config.vocab_size} rows")
     longest = max(int(i.sequence_lengths().max()) for i in indexes)
     if config.hard_max_positions:
-        check_positions(config, longest)
+        check_positions(config, longest, "data.max_prompt_tokens or data.max_response_tokens")
     if longest > config.max_positions:
         job.say(f"warning: prompt and response reach {longest} tokens, the model was made for {config.max_positions} positions")
     model = build_model(job, config)
@@ -80,12 +75,11 @@ def open_policy(job: Job, data: Data) -> Policy:
     return Policy(model, config, abstract, shardings, model.axes, weights)
 
 
-def check_positions(config: ModelConfig, longest: int) -> None:
-    """Raises ConfigError where `longest` tokens are more than the model can place."""
+def check_positions(config: ModelConfig, longest: int, settings: str) -> None:
+    """Raises ConfigError where `longest` tokens are more than the model can place; `settings` are what bounds them."""
     if config.hard_max_positions and longest > config.max_positions:
         raise ConfigError(
-            f"prompt and response reach {longest} tokens, and the model can place {config.max_positions} alone "
-            "(data.max_prompt_tokens, data.max_response_tokens)"
+            f"prompt and response reach {longest} tokens, and the model can place {config.max_positions} alone: lower {settings}"
         )
 
 
@@ -137,13 +131,6 @@ def frozen_layout(job: Job, policy: Policy, dtype: str, rules: dict[str, str], m
         lambda tree: store_as(tree, policy.config, dtype or job.config.model.param_dtype), policy.abstract
     )
     return abstract, sharding.param_shardings(abstract, policy.axes, job.mesh, rules or job.config.mesh.rules, memory)
-
-
-def store_as(params: Any, config: ModelConfig, dtype: str) -> Any:
-    """A tree of parameters in another dtype, or its matrices quantised."""
-    if dtype in QUANTISED:
-        return quantise_params(params, config, dtype)
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
 def initial_params(job: Job, policy: Policy) -> Any:

@@ -23,7 +23,8 @@ from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.datasets import Data
 from dpojax.errors import DataError, NumericsError
 from dpojax.job import Job, everywhere
-from dpojax.policy import Policy, frozen_layout, store_as
+from dpojax.models.quantise import store_as
+from dpojax.policy import Policy, frozen_layout
 from dpojax.selfcheck import LAYOUT_BOUND
 from dpojax.stages import packer
 from dpojax.train import make_token_logps_step

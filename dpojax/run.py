@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding, winrate
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import QUANTISED, Config, bound_dtype, frozen_dtype, resolved_mode, to_dict
+from dpojax.config import Config, bound_dtype, frozen_dtype, resolved_mode, to_dict
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
+from dpojax.data.tokens import copy_companions
 from dpojax.datasets import Data, open_data
 from dpojax.flops import token_flops
 from dpojax.job import Job, Stop
@@ -61,23 +63,27 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     params = params_before_dpo(job, data, policy)
     mode, moving = resolved_mode(config), config.loss.make().moving
     other = reference_params(job, policy) if config.reference.init else None
+    origin_digest = checkpoint.digest(checkpoint.checksums(params))
     weights = checkpoint.checksums(params if other is None else other)
     base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
     if mode == "none":
         ref = None
-    elif other is not None:
-        ref = reference.open_live(job, policy, other)
-        jax.tree.map(lambda x: x.delete(), other)
+    elif base is not None and mode != "live" and other is None:
+        ref = base
     else:
-        ref = reference.open_live(job, policy, params) if base is None or mode == "live" else base
+        ref = reference.open_live(job, policy, params if other is None else other)
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, [data.train_index, data.eval_index], groups)
     job.say(
         f"rows: {shape.shard_rows} x {shape.row_tokens} tokens a micro-batch on each of {shape.num_shards} data shard(s), "
         f"layout {shape.layout}"
     )
-    trained = policy
+    trained, own_dtype = policy, config.model.param_dtype
+    if ref is not None and ref is not base:
+        _say_rounding(job, data, policy, params if other is None else other, ref, config.reference.dtype, shape, groups)
+    jax.tree.map(lambda x: x.delete(), other)
     if config.lora.rank:
+        own_dtype = config.lora.base_dtype or own_dtype
         trained = adapted(job, policy)
         _say_rounding(job, data, policy, params, base, config.lora.base_dtype, shape, groups)
         jax.tree.map(lambda x: x.delete(), params)  # the base has its own
@@ -86,11 +92,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
             f"adapters: {sum(x.size for x in jax.tree.leaves(params)):,} parameters trained, rank {config.lora.rank} on {config.lora.targets!r}"
         )
     full = (lambda params: params) if base is None else functools.partial(lora.join, base)
-    quantised_ref = mode == "live" and config.reference.dtype in QUANTISED
-    if quantised_ref:
-        _say_rounding(job, data, policy, full(params), ref, config.reference.dtype, shape, groups)
-    # What must hold is known where policy == reference: a quantised or another reference is left out of it.
-    own_ref = full(params) if ref is not None and (quantised_ref or config.reference.init) else ref
+    # What must hold is known where policy == reference: one that is rounded otherwise, or another one, is left out of it.
+    differs = ref is not None and (frozen_dtype(config) != own_dtype or bool(config.reference.init))
+    own_ref = full(params) if differs else ref
     check = _self_check(job, data, policy, full(params), own_ref, shape)
     caches: tuple[Any, Any] = (None, None)
     if mode == "cached":
@@ -99,7 +103,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
     evaluation = _Evaluation(job, policy, full, None if moving else ref, eval_pack, groups, sampler)
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
-    stage, optimizer = _dpo_stage(job, data, trained, weights, batch_stream(job, train_pack, groups, config.num_steps), groups)
+    stage, optimizer = _dpo_stage(
+        job, data, trained, weights, origin_digest, batch_stream(job, train_pack, groups, config.num_steps), groups
+    )
     stage.evaluate = evaluation
     state = start_state(job, stage, params, optimizer, trained, moving_ref=ref if moving else None)
     del params  # the state has taken their memory
@@ -172,7 +178,7 @@ class _Evaluation:
         )
 
 
-def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: int) -> tuple[Stage, Any]:
+def _dpo_stage(job: Job, data: Data, policy: Policy, weights, origin_digest: str, batches, groups: int) -> tuple[Stage, Any]:
     """The preference stage and its optimizer."""
     c = job.config
     loss = c.loss.make()
@@ -190,13 +196,20 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, batches, groups: i
     )
     adapter = {}
     if c.lora.rank:
-        adapter = {"adapter": {"rank": c.lora.rank, "targets": c.lora.targets, "scale": c.lora.alpha / c.lora.rank}}
+        adapter = {
+            "adapter": {
+                "rank": c.lora.rank,
+                "targets": c.lora.targets,
+                "scale": c.lora.alpha / c.lora.rank,
+                "base_dtype": c.lora.base_dtype,
+            }
+        }
     prints = fingerprints(
         job,
         data.train,
         policy,
         reference={"weights": checkpoint.digest(weights), "dtype": frozen_dtype(c)},
-        lora=dataclasses.asdict(c.lora) if c.lora.rank else {},
+        **({"lora": {**dataclasses.asdict(c.lora), "base": origin_digest}} if c.lora.rank else {}),
         loss={**dataclasses.asdict(c.loss), "source": loss.source},
         batch={"batch_size": c.batch_size, "batch_groups": c.batch_groups},
     )
@@ -227,8 +240,14 @@ def _write_settings(job: Job, data: Data, policy: Policy) -> None:
         return
     folder = job.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
-    if policy.weights is not None and policy.weights.companions is not None:
-        hf.copy_companions(policy.weights.companions, folder)
+    beside = None if policy.weights is None else policy.weights.companions
+    generation = None if beside is None else beside / "generation_config.json"
+    if generation is not None and generation.is_file() and generation.resolve() != (folder / generation.name).resolve():
+        shutil.copyfile(generation, folder / generation.name)
+    if data.tokenizer is not None:  # its own files, whatever lies beside the weights
+        beside = data.tokenizer.folder
+    if beside is not None:
+        copy_companions(beside, folder)
     if data.tokenizer is not None:
         data.tokenizer.save(folder)
 

@@ -20,7 +20,7 @@ from dpojax.config import check_template, unescape
 from dpojax.data.index import Dataset, Index, build_index
 from dpojax.data.pipeline import PackGroups, make_shape
 from dpojax.data.records import open_records
-from dpojax.data.tokens import Limits
+from dpojax.data.tokens import Limits, mask_ids
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import ConfigError, DataError
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
@@ -44,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max_prompt_tokens", type=int, default=2048, help="BOS included; prompts are cut from the left")
     made.add_argument("--max_response_tokens", type=int, default=2048, help="EOS included; responses are cut from the right")
     made.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")
+    made.add_argument("--mask_tokens", default="", help="formatting tokens that do not count; as data.mask_tokens")
+    made.add_argument(
+        "--mask_template", action="store_true", help="what a chat template adds does not count; as data.mask_template"
+    )
     made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     made.add_argument("--micro_batch_tokens", type=int, default=4096, help="tokens of a forward pass on each device")
     made.add_argument("--limit", type=int, default=0, help="only the first so many usable rows; 0: all")
@@ -68,7 +72,8 @@ def read_rows(args) -> tuple[Dataset, Index]:
             raise
         tokenizer, chat = None, None  # rows of ids need none
     reader = RowReader(template, "score", None if template else chat)
-    data = Dataset(records, reader, tokenizer, Limits(args.max_prompt_tokens, args.max_response_tokens))
+    limits, masked = Limits(args.max_prompt_tokens, args.max_response_tokens), mask_ids(args.mask_tokens, tokenizer)
+    data = Dataset(records, reader, tokenizer, limits, mask_ids=masked, mask_template=args.mask_template)
     progress = Progress(f"reading {records.name}", records.size, "rows", enabled=args.out != "-")
     index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=progress)
     progress.close(f"{len(index.rows):,} of {records.size:,} rows usable")
@@ -77,7 +82,7 @@ def read_rows(args) -> tuple[Dataset, Index]:
 
 def response_logps(loaded: Loaded, data: Dataset, index: Index, args, name: str) -> list[np.ndarray]:
     """log pi(y_k | x) of every response of every group, nats."""
-    check_positions(loaded.config, int(index.sequence_lengths().max()))
+    check_positions(loaded.config, int(index.sequence_lengths().max()), "--max_prompt_tokens or --max_response_tokens")
     if int(index.largest_id) >= loaded.config.vocab_size:
         raise ConfigError(f"the data holds the token id {int(index.largest_id)}, the model has {loaded.config.vocab_size}")
     shards, groups = sharding.num_shards(loaded.mesh), min(args.batch_size, len(index.rows))
@@ -94,6 +99,10 @@ def response_logps(loaded: Loaded, data: Dataset, index: Index, args, name: str)
     progress = Progress(f"scoring with {name}", len(index.rows), "prompts", enabled=args.out != "-")
     values = reference.compute(pack, token_logps, num_groups=groups, count=len(index.rows), progress=progress)
     progress.close(f"{len(values):,} tokens")
+    if (index.counted_lengths != index.response_lengths).any():  # formatting tokens, as training leaves them out
+        groups = (data.token_group(int(row))[0] for row in index.rows)
+        whole_or = lambda g: g.counted or [np.ones(len(r), bool) for r in g.responses]
+        values = np.where(np.concatenate([c for g in groups for c in whole_or(g)]), values, 0)
     ends = np.cumsum(index.response_lengths)
     sums = np.add.reduceat(values.astype(np.float64), ends - index.response_lengths)
     return [sums[a:b] for a, b in zip(index.response_offsets[:-1], index.response_offsets[1:], strict=True)]
@@ -151,7 +160,7 @@ def score(args: argparse.Namespace) -> None:
     written, left_out = [], collections.Counter()
     last = int(index.rows[-1]) if args.limit else data.records.size - 1
     for number in range(last + 1):
-        row = data.records.get(number)
+        row = {k: v for k, v in data.records.get(number).items() if v is not None}  # a null column is an absent one
         try:
             group = data.text_group(number)
             if number not in place:
@@ -162,8 +171,12 @@ def score(args: argparse.Namespace) -> None:
             out.write({"row": number, "left_out": DROPPED[verdict.reason]})
             continue
         i = place[number]
+        if len(index.responses(i)) != len(group.responses):  # one of them holds formatting tokens alone
+            left_out["empty_response"] += 1
+            out.write({"row": number, "left_out": DROPPED["empty_response"]})
+            continue
         ref = scores[1][i] if len(scores) > 1 else None
-        written.append(describe(row, group, index.responses(i), scores[0][i], ref, args.beta))
+        written.append(describe(row, group, index.counted(i), scores[0][i], ref, args.beta))
         out.write({"row": number, **written[-1]})
     out.close()
     summary = summarise(written, dict(left_out), args)

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.checkpoint import Checkpoints, newest_step
+from dpojax.data.tokens import COMPANIONS
 from dpojax.errors import ConfigError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
 from dpojax.models.families import read_fields
+from dpojax.models.quantise import store_as
+from dpojax.models.table import layer_rows, model_rows
 
 Progress = Callable[[int], None]
 
@@ -26,6 +29,11 @@ class Weights(NamedTuple):
     companions: pathlib.Path | None  # the folder whose tokenizer files belong to it
     # (shardings, dtype, progress) -> the parameters, adapters merged; shardings shaped like the parameters
     load: Callable[[Any, Any, Progress], Any]
+
+
+def ignored_fields(names: str) -> frozenset[str]:
+    """Comma-separated names of fields, as model.ignore_fields and --ignore_fields give them."""
+    return frozenset(n.strip() for n in names.split(",") if n.strip())
 
 
 def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
@@ -72,7 +80,7 @@ def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
         merged = jax.jit(lambda p, a: lora.merge(lora.join(p, a), base.config, scale), out_shardings=shardings)
         return merged(params, adapters)
 
-    own = folder if any((folder / n).is_file() for n in hf.COMPANIONS) else base.companions
+    own = folder if any((folder / n).is_file() for n in COMPANIONS) else base.companions
     return base._replace(load=load, companions=own)
 
 
@@ -100,8 +108,13 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
         whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
         spread = jax.tree.map(lambda x: whole, shapes)
         adapters = found.restore_params(number, shapes, spread, meta)
-        merged = jax.jit(lambda p, a: lora.merge(lora.join(p, a), config, adapter["scale"]), out_shardings=shardings)
-        return merged(params, adapters)
+        base_dtype = adapter.get("base_dtype") or jnp.dtype(dtype).name  # the base as it was rounded in training
+
+        def merged(p, a):
+            whole = lora.merge(lora.join(store_as(p, config, base_dtype), a), config, adapter["scale"])
+            return jax.tree.map(lambda x: x.astype(dtype), whole)
+
+        return jax.jit(merged, out_shardings=shardings)(params, adapters)
 
     return Weights(config, meta.get("fields"), companions, load_merged)
 
@@ -118,8 +131,6 @@ def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str
 
 def _shapes(config: ModelConfig) -> Any:
     """ShapeDtypeStructs of the parameters."""
-    from dpojax.models.table import layer_rows, model_rows
-
     tree: dict[str, Any] = {r.name: jax.ShapeDtypeStruct(r.shape, jnp.float32) for r in model_rows(config)}
     stacked = {r.name: jax.ShapeDtypeStruct((config.num_layers, *r.shape), jnp.float32) for r in layer_rows(config)}
     return {**tree, "layers": stacked}

@@ -71,6 +71,8 @@ class SentencePieceTokenizer:
         if eos < 0:
             raise ConfigError(f"tokenizer {self.name}: it has no EOS piece; responses could not end")
         named = {} if self.folder is None else _special_names(self.folder)
+        if "eos_token" in named and (own := self.piece_id(named["eos_token"])) is not None:
+            eos = own
         self.bos_id, self.eos_id = (bos if bos >= 0 and named.get("add_bos_token") != "False" else None), eos
         self.pad_id = pad if pad >= 0 else eos
         self.vocab_size = self._prompt.vocab_size()
@@ -97,9 +99,10 @@ class SentencePieceTokenizer:
                 spans.append((place, place + len(part)))
             elif part:
                 plain = self._continuation if continuation or ids else self._prompt
-                found = plain.encode(part, return_type="proto").pieces
+                found, data = plain.encode(part, return_type="proto").pieces, part.encode()
                 ids += [p.id for p in found]
-                spans += [(place + p.begin, place + p.end) for p in found]
+                at = lambda byte, data=data, place=place: place + len(data[:byte].decode(errors="ignore"))
+                spans += [(at(p.begin), at(p.end)) for p in found]
             place += len(part)
         return ids, spans
 
@@ -122,6 +125,8 @@ class SentencePieceTokenizer:
         return None if found == self._prompt.unk_id() and piece != self._prompt.id_to_piece(found) else found
 
     def save(self, folder: pathlib.Path) -> None:
+        for other in ("tokenizer.json", "spiece.model"):  # of another tokenizer: they would be read in its place
+            (folder / other).unlink(missing_ok=True)
         (folder / "tokenizer.model").write_bytes(self.model)
 
 
@@ -208,19 +213,36 @@ class JsonTokenizer:
         return self._id(piece)
 
     def save(self, folder: pathlib.Path) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.path.parent / name).is_file():
-                shutil.copyfile(self.path.parent / name, folder / name)
+        copy_companions(self.path.parent, folder)
 
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
+# What lies beside the weights and goes on unchanged from an import to an export.
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model"),
 )
+
+
+def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies the tokenizer's files and generation_config.json, as they are."""
+    for name in COMPANIONS:
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _added_tokens(folder: pathlib.Path) -> list[str]:
+    """The tokens that a folder's files add to a sentencepiece model. Raises ConfigError for a damaged file."""
+    found: list[str] = []
+    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
+        if (folder / name).is_file():
+            try:
+                values = json.loads((folder / name).read_text(encoding="utf-8"))
+                values = values if key is None else (values.get(key) or {}).values()
+                found += [v["content"] if isinstance(v, dict) else v for v in values]
+            except (ValueError, AttributeError, TypeError, KeyError) as error:
+                raise ConfigError(f"{folder / name}: not a table of tokens ({error})") from error
+    return found
 
 
 def _without_prefix(spec: dict) -> dict:
@@ -335,6 +357,13 @@ def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
         return None
     names = {} if tokenizer.folder is None else _special_names(tokenizer.folder)
     names.pop("add_bos_token", None)
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.folder is not None:
+        lost = [t for t in _added_tokens(tokenizer.folder) if tokenizer.piece_id(t) is None and t in source]
+        if lost:
+            raise ConfigError(
+                f"{name}: it writes {lost[0]!r}, which the sentencepiece model in {tokenizer.folder} does not have (its added tokens "
+                "are not read); save the tokenizer with a tokenizer.json"
+            )
     if tokenizer.bos_id is not None:
         names.setdefault("bos_token", tokenizer.piece(tokenizer.bos_id))
     names.setdefault("eos_token", tokenizer.piece(tokenizer.eos_id))

@@ -392,7 +392,7 @@ def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> G
     """The prompt and the two responses as the chat template writes them."""
     message = lambda role, content: {"role": role, "content": content}
     prompt = [message(*m) for m in before]
-    if chat.forged([*prompt, *(message(*a) for a in answers)]) is not None:
+    if chat.forged([*prompt, *(message(*a) for a in answers)], _tools(row, where)) is not None:
         raise Dropped("special_token")
     if any(not content.strip() for _, content in answers):
         raise Dropped("empty_response")

@@ -99,6 +99,9 @@ class ModelConfig:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}, of which {self.turned} are turned; rotary embeddings need an even number"
             )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope" and len(scaling.short_factors) != self.turned // 2:
+            raise ValueError(f"short_factor has {len(scaling.short_factors)} values for {self.turned // 2} rotary pairs")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"model.windows has {len(self.windows)} entries for {self.num_layers} layers")
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:

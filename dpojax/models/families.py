@@ -49,6 +49,14 @@ INERT = {
     *("diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
     *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
     *("decoder_start_token_id", "sep_token_id", "prefix", "finetuning_task", "remove_invalid_values", "output_scores"),
+    *(
+        "n_special",
+        "predict_special_tokens",
+        "output_past",
+        "_num_labels",
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+    ),
     *("return_dict_in_generate", "tie_encoder_decoder", "torchscript", "tf_legacy_loss", "use_bfloat16"),
 }
 # Fields that must have these values: anything else would change the forward pass.
@@ -124,7 +132,8 @@ class Fields:
         kinds = field.kind if isinstance(field.kind, tuple) else (field.kind,)
         right = value is None or (isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds))
         if not right:
-            raise ConfigError(f"{self.path}: {field.name} is {value!r}, of type {type(value).__name__}")
+            wanted = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"{self.path}: {field.name} is {value!r}, of type {type(value).__name__}; it must be {wanted}")
         return value
 
     def check_rest(self, inert: Collection[str], ignore: Collection[str]) -> None:
@@ -197,7 +206,7 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
         original = int(number("original_max_position_embeddings", longest))
         factor = number("factor", known["max_positions"] / original)
         inferred = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        factors = tuple(map(float, left.pop("short_factor", ())))
+        factors = tuple(map(float, left.pop("short_factor", None) or ()))
         left.pop("long_factor", None)
         if not factors:
             raise ConfigError(f"{fields.path}: the rotary scaling 'longrope' has no short_factor")
@@ -606,7 +615,7 @@ def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[
     Raises: ConfigError for another family, or a field that is not known to be harmless.
     """
     name = values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f"{path}: model_type is {name!r}; this version reads {', '.join(sorted(FAMILIES))}")
     family, fields = FAMILIES[name], Fields(values, path)
     known: dict[str, Any] = {**family.fixed, "family": name}
@@ -630,7 +639,7 @@ def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[
         config = ModelConfig(**family.finish(known))
     except ConfigError:
         raise
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     fields.check_rest(family.inert, ignore)
     return config

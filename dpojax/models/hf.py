@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from dpojax.data.tokens import TOKENIZER_NAMES, copy_companions, load_tokenizer
 from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES, Family, Source, model_config, read_fields
@@ -25,11 +25,6 @@ from dpojax.models.table import ParamRow, layer_rows, model_rows
 INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "checksums.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PART_BYTES = 4 << 20  # of a tensor that is copied at a time
-# What lies beside the weights and goes on unchanged from an import to an export.
-COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model"),
-)
 
 
 def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:
@@ -91,6 +86,8 @@ class Directory:
             for name in files:
                 if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
                     raise ConfigError(f"{index}: {name!r} is not the plain name of a safetensors file")
+            if (folder / SINGLE).is_file():
+                raise ConfigError(f"{folder}: it holds {SINGLE} and {INDEX}; remove the one that is old")
         elif (folder / SINGLE).is_file():
             files = [SINGLE]
         else:
@@ -299,20 +296,11 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies the tokenizer's files and generation_config.json, as they are."""
-    for name in COMPANIONS:
-        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(source / name, folder / name)
-
-
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
 def special_ids(folder: pathlib.Path | None) -> dict[str, int | None]:
     """bos_id and eos_id of the tokenizer in a folder, for `llama_fields`."""
-    from dpojax.data.tokens import TOKENIZER_NAMES, load_tokenizer
-
     if folder is None or not any((folder / n).is_file() for n in TOKENIZER_NAMES):
         return {"bos_id": None, "eos_id": None}
     tokenizer = load_tokenizer(str(folder))
@@ -483,6 +471,9 @@ def _export(
     many = len(shards) > 1
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if many else [SINGLE]
     checksums: dict[str, str] = {}
+    if write:  # what an older export left would be read beside this one, or in its place
+        for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / CHECKSUMS):
+            old.unlink(missing_ok=True)
     for name, tensors in zip(files, shards, strict=True):
         checksums |= write_safetensors(folder / name, tensors, dtype, write)
     if not write:

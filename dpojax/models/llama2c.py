@@ -48,6 +48,8 @@ def open_checkpoint(path: pathlib.Path) -> tuple[ModelConfig, Llama2cTensors]:
     sizes = dict(zip(HEADER, header.tolist(), strict=True))
     tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
     head_dim = sizes["hidden_size"] // sizes["num_heads"]
+    if sizes["num_heads"] % sizes["num_kv_heads"] or head_dim % 2:
+        raise ConfigError(f"{path}: not a llama2.c checkpoint (version 0): its header is {header.tolist()}")
     config = ModelConfig(
         **sizes,
         head_dim=head_dim,

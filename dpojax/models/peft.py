@@ -24,27 +24,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Fields of adapter_config.json that change nothing here.
 INERT = {
-    *("peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "lora_dropout"),
-    *(
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "init_lora_weights",
-        "fan_in_fan_out",
-        "peft_version",
-        "use_rslora",
-        "parent_library",
-    ),
-    *(
-        "rank_pattern",
-        "alpha_pattern",
-        "exclude_modules",
-        "layer_replication",
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-    ),
-    *("runtime_config", "eva_config", "corda_config", "qalora_group_size", "layers_pattern", "ensure_weight_tying"),
+    *("peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "lora_dropout", "r"),
+    *("lora_alpha", "target_modules", "init_lora_weights", "fan_in_fan_out", "peft_version", "use_rslora", "rank_pattern"),
+    *("parent_library", "alpha_pattern", "exclude_modules", "megatron_config", "megatron_core", "runtime_config", "eva_config"),
+    *("corda_config", "qalora_group_size", "layers_pattern", "ensure_weight_tying"),
 }
 
 
@@ -55,6 +38,16 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    init = settings.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise ConfigError(
+            f"{path}: init_lora_weights is {init!r}: it changed the base's weights, which the adapter alone does not tell"
+        )
+    for name in ("r", "lora_alpha"):
+        if not isinstance(settings.get(name), int | float):
+            raise ConfigError(f"{path}: {name} is {settings.get(name)!r}; it must be a number")
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {settings.get('peft_type')!r}; it must be 'LORA'")
     neutral = (None, False, "none", [], {}, 0)
@@ -114,7 +107,12 @@ def load_adapters(folder: pathlib.Path, settings: dict[str, Any], config: ModelC
                 a.append(low.T.reshape(*inputs, -1))
                 grouped = high.reshape(at.groups, at.of, -1)[:, at.start : at.stop].reshape(-1, len(low))
                 b.append(grouped.T.reshape(-1, *outputs) * (_scale(settings, name.removeprefix(PREFIX), len(low)) / scale))
-            layers[row.name + LORA_A], layers[row.name + LORA_B] = np.stack(a), np.stack(b)
+            rank = max(x.shape[-1] for x in a)  # layers may differ; zeros fill up
+            grow = lambda x, axis, rank=rank: np.concatenate(
+                [x, np.zeros_like(x.take([0] * (rank - x.shape[axis]), axis))], axis
+            )
+            layers[row.name + LORA_A] = np.stack([grow(x, x.ndim - 1) for x in a])
+            layers[row.name + LORA_B] = np.stack([grow(x, 0) for x in b])
     if set(tensors) - read:
         raise ConfigError(
             f"{path}: {', '.join(sorted(set(tensors) - read)[:3])} belong to no linear map of this model's layers"

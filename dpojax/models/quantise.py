@@ -61,6 +61,13 @@ def _quantise(row: ParamRow, x: jax.Array, kind: str) -> "qwix.QArray | Packed":
     return qwix.quantize(x, QTYPES[kind], channelwise_axes=channels, scale_dtype=jnp.float32)
 
 
+def store_as(params: Any, config: ModelConfig, dtype: str) -> Any:
+    """A tree of parameters in another dtype, or its matrices quantised."""
+    if dtype in QTYPES:
+        return quantise_params(params, config, dtype)
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+
+
 def quantise_params(params: Any, config: ModelConfig, kind: str) -> Any:
     """The tree with the layers' matrices quantised; embeddings, norms, biases and the router stay as they are.
 
