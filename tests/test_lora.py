@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,27 @@ def test_adapters_go_to_peft_and_back(tmp_path, name):
     np.testing.assert_allclose(logits(policy, lora.join(base, found), ids), test_families.their_logits(made, ids), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"peft_type": "IA3"}, "peft_type"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused_by_name(tmp_path, change, named):
+    from dpojax.errors import ConfigError
+
+    peft.export_adapters(adapters(), tiny.CONFIG, tmp_path, scale=SCALE, base="x")
+    peft.read_settings(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=named):
+        peft.read_settings(tmp_path)
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +342,14 @@ def test_the_routers_loss_is_that_of_the_step_however_it_is_cut(name):
 
 @pytest.mark.slow
 def test_a_run_with_adapters_resumes_bit_equal_and_its_export_is_the_policy(files, tmp_path):
-    own = {"lora.rank": 4, "lora.dropout": 0.1, "sft.num_steps": 2, "optim.learning_rate": 1e-2, "self_check": "full"}
+    own = {
+        "lora.rank": 4,
+        "lora.base_dtype": "int8",
+        "lora.dropout": 0.1,
+        "sft.num_steps": 2,
+        "optim.learning_rate": 1e-2,
+        "self_check": "full",
+    }
     whole = run(files, tmp_path / "whole", **own, export=True)
     assert "adapters:" in whole and "self-check" in whole
     run(files, tmp_path / "cut", **own, num_steps=4)
@@ -336,21 +365,25 @@ def test_a_run_with_adapters_resumes_bit_equal_and_its_export_is_the_policy(file
     from dpojax.weights import open_weights
 
     trees = []
-    for place in ("export", "adapter", ""):
+    for place in ("export", "", "adapter"):
         weights = open_weights(str(tmp_path / "whole" / place))
         model = tiny.model(weights.config)
         abstract = jax.eval_shape(model.init, jax.random.key(0))
         spread = sharding.param_shardings(abstract, model.axes, sharding.make_mesh(data=-1, fsdp=1, tensor=1), sharding.RULES)
         trees.append(jax.device_get(weights.load(spread, F32, lambda n: None)))
-    for other in trees[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), trees[0], other)
+    export, workdir, adapter = trees
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), export, workdir)
+    # PEFT's format does not say how the base was rounded: its adapter stands on the base as it was.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), export, adapter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora.rank": 4, "lora.base_dtype": "nf4", "reference.mode": "cached"},
+        {"lora.rank": 4, "lora.base_dtype": "nf4", "reference.mode": "cached", "self_check": "full"},
+        {"lora.rank": 4, "lora.base_dtype": "nf4", "reference.mode": "live", "self_check": "full"},
+        {"reference.mode": "cached", "reference.dtype": "bfloat16", "self_check": "full"},
         {"lora.rank": 4, "loss.name": "simpo", "loss.beta": 2.0, "loss.gamma": 0.5},
         {"reference.dtype": "int8", "reference.memory": "pinned_host", "self_check": "full"},
     ],
@@ -360,7 +393,7 @@ def test_frozen_trees_of_every_kind_train(files, tmp_path, changes):
     losses = [r["loss"] for r in rows(tmp_path) if "loss" in r]
     assert len(losses) == 6 and np.isfinite(losses).all()
     if "loss.name" not in changes:  # the policy starts at its reference, up to what rounding does
-        assert abs(losses[0] - np.log(2)) < 0.01
+        assert abs(losses[0] - np.log(2)) < 0.02
     assert ("a token's log-prob moves by" in output) == ("lora.base_dtype" in changes or "reference.dtype" in changes)
 
 
@@ -376,6 +409,8 @@ def test_frozen_trees_of_every_kind_train(files, tmp_path, changes):
         ({"lora.rank": -1}, "lora.rank"),
         ({"reference.dtype": "int4"}, "reference.dtype"),
         ({"reference.memory": "disk"}, "reference.memory"),
+        ({"reference.memory": "pinned_host", "loss.name": "tr_dpo", "loss.alpha": 0.5, "loss.tau": 2.0}, "reference.memory"),
+        ({"lora.rank": 4, "reference.mode": "cached", "reference.dtype": "int8"}, "reference.dtype"),
         ({"model.router_loss_weight": -1.0}, "router_loss_weight"),
     ],
 )

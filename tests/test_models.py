@@ -119,6 +119,18 @@ def test_export_and_import_round_trip_in_every_dtype_and_many_files(tmp_path, dt
     jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
 
 
+def test_an_export_over_an_older_one_leaves_nothing_of_it(tmp_path):
+    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
+    for seed, most in ((0, 9000), (1, 1 << 30)):
+        params = tiny.params(tiny.model(), seed)
+        hf.export_params(params, tiny.CONFIG, tmp_path, fields=fields, dtype="float32", companions=None, max_shard_bytes=most)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, hf.load_params(tmp_path, tiny.CONFIG, spread(), jnp.float32), params)
+    (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(ConfigError, match="remove the one that is old"):
+        hf.load_params(tmp_path, tiny.CONFIG, spread(), jnp.float32)
+
+
 def test_a_changed_byte_of_an_export_is_found(folder):
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())

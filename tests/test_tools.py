@@ -99,6 +99,8 @@ def test_stop_strings_end_responses_early_and_are_cut_off(tmp_path, stories):
     greedy = ("--temperature=0", "--token_logps", "--max_new_tokens=96")
     whole = run_generate(tmp_path, stories, *greedy)
     cut = run_generate(tmp_path, stories, *greedy, "--stop=.", "--stop=!")
+    lines = run_generate(tmp_path, stories, *greedy, "--stop=\\n")  # as shells pass it on
+    assert [r["responses"][0]["text"] for r in lines] == [r["responses"][0]["text"].split("\n")[0] for r in whole]
     tokenizer = load_tokenizer(stories)
     for a, b in zip(whole, cut, strict=True):
         long, short = a["responses"][0], b["responses"][0]
@@ -216,6 +218,20 @@ def test_candidates_are_ranked_in_their_own_order(tmp_path, stories, loaded):
     own = [tiny.naive_logps(model, params, ids, [*tokenizer.encode_continuation(t), tokenizer.eos_id]).sum() for t in texts]
     np.testing.assert_allclose(first["logps"], own, atol=1e-3)
     assert first["best"] == int(np.argmax(own)) and len(second["logps"]) == 2
+
+
+def test_masked_tokens_do_not_count_in_scores(tmp_path, stories, loaded):
+    model, params, _ = loaded
+    made = {"prompt_ids": [1, 5, 9], "chosen_ids": [7, 8, 2], "rejected_ids": [4, 2], "chosen_mask": [1, 0, 1]}
+    data = write(
+        tmp_path / "m.jsonl", [made, {**made, "rejected_mask": [0, 0]}, {"prompt": "a", "completions": ["b"], "chosen": None}]
+    )
+    out = tmp_path / "o.jsonl"
+    assert score.main([f"--model={stories}", f"--data={data}", f"--out={out}"]) == 0
+    first, second, third = rows(out)
+    own = tiny.naive_logps(model, params, [1, 5, 9], [7, 8, 2])
+    assert first["chosen_logps"] == pytest.approx(own[0] + own[2], abs=1e-4) and first["chosen_length"] == 2
+    assert "empty" in second["left_out"] and third["best"] == 0
 
 
 def test_bad_calls_of_score_say_what_is_wrong(tmp_path, stories, capfd):

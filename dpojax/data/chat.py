@@ -28,6 +28,8 @@ FORBIDDEN = {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "forma
 DROPPED_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "xmlattr", "pprint", "filesizeformat", "random")
 DROPPED_FILTERS += ("round", "batch", "slice", "tojson", "replace", "join")  # the last three have bounded forms below
 
+# What a template's own mistakes raise; SyntaxError: Python's limits on what it is compiled to.
+BROKEN = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, SyntaxError)
 MARK = "\ue000\ue001"  # characters of private use: no dialogue holds them
 
 Message = dict[str, Any]
@@ -189,15 +191,7 @@ class ChatTemplate(NamedTuple):
                     parts.append(part)
         except TemplateError:
             raise
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (jinja2.TemplateError, *BROKEN) as error:
             raise TemplateError(f"{type(error).__name__}: {str(error) or 'no message'}") from error
         except MemoryError as error:
             raise TemplateError("it takes too much memory") from error
