@@ -26,7 +26,9 @@ def main() -> None:
     logps = lambda params: np.concatenate(score.response_logps(loaded._replace(params=params), data, index, args, args.model))
     exact, tokens = logps(loaded.params), index.response_lengths
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]))
-    print(f"\n{len(exact)} responses of {len(index.rows)} rows, {tokens.sum():,} tokens, float32 mean {exact.sum() / tokens.sum():.3f} nats a token")
+    print(
+        f"\n{len(exact)} responses of {len(index.rows)} rows, {tokens.sum():,} tokens, float32 mean {exact.sum() / tokens.sum():.3f} nats a token"
+    )
     print("| layers in | size | per token: mean error | of a response: mean | largest |\n|---|---|---|---|---|")
     for kind in ("bfloat16", *QTYPES):
         if kind in QTYPES:
