@@ -1,8 +1,8 @@
 """Chat templates: the sandbox, the split into prompt and response, ids, masks; and tokenizers against their own libraries."""
 
+import copy
 import gzip
 import json
-import pickle
 import time
 
 import numpy as np
@@ -40,7 +40,8 @@ USER, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant",
     ],
 )  # fmt: skip
 def test_the_response_is_exactly_what_the_template_puts_after_the_prompt(source, prompt, response):
-    template = pickle.loads(pickle.dumps(ChatTemplate(source, (("bos_token", "<s>"),))))
+    # A copy is made as one for a worker process is: by what the object says of itself (__reduce_ex__).
+    template = copy.deepcopy(ChatTemplate(source, (("bos_token", "<s>"),)))
     found = template.split([USER], ANSWER)
     assert (found.prompt, found.response) == (prompt, response)
     assert found.content is not None and response[slice(*found.content)] == "A dog."
