@@ -5,7 +5,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from dpojax import sharding
@@ -13,8 +12,7 @@ from dpojax.errors import ConfigError
 from dpojax.inference import run_tool
 from dpojax.metrics import Progress
 from dpojax.models import hf
-from dpojax.models.attention import full_attention
-from dpojax.models.decoder import make_decoder
+from dpojax.models.table import logical_axes, param_shapes
 from dpojax.weights import ignored_fields, open_weights
 
 
@@ -41,13 +39,10 @@ def convert(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out={args.out!r} is what is read; name another folder")
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
     dtype = jnp.dtype("bfloat16" if args.dtype == "bfloat16" else "float32")
-    model = make_decoder(
-        weights.config, attention=full_attention, dtype=dtype, param_dtype=dtype, remat="none", constrain=lambda x: x
-    )
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(param_shapes(weights.config), logical_axes(weights.config), mesh, sharding.RULES)
     total = hf.num_tensors(weights.config)
     progress = Progress(f"reading {args.model}", total, "tensors", enabled=True)
-    params = weights.load(sharding.param_shardings(abstract, model.axes, mesh, sharding.RULES), dtype, progress)
+    params = weights.load(shardings, dtype, progress)
     progress.close(f"{total} tensors")
     progress = Progress(f"writing {args.out}", total, "tensors", enabled=True)
     fields = weights.fields or hf.llama_fields(weights.config, **hf.special_ids(weights.companions))

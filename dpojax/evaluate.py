@@ -51,7 +51,7 @@ class Sampling:
         c = job.config.sample
         shards = sharding.num_shards(job.mesh)
         self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
-        batch_size = -(-min(c.batch_size, len(self.rows)) // shards) * shards
+        batch_size = sampling.whole_batch(c.batch_size, len(self.rows), job.mesh)
         width = sampling.prompt_width(self.prompts)
         check_positions(policy.config, max(map(len, self.prompts)) + c.max_new_tokens, "sample.max_new_tokens")
         put = sampling.rows_put(job.mesh)
@@ -60,8 +60,9 @@ class Sampling:
         settings = sampling.SampleSettings(c.max_new_tokens, c.temperature, c.top_k, c.top_p, ends, self.tokenizer.pad_id)
         own = settings if self.from_the_policy else dataclasses.replace(settings, temperature=1.0, top_k=0, top_p=1.0)
         self.settings, self.own_settings = settings, own
-        self.sampler = sample_programs(job, policy, settings, "sampler")
-        self.own_sampler = self.sampler if self.from_the_policy else sample_programs(job, policy, own, "kl_sampler")
+        make = functools.partial(sampling.compile_sampler, policy.model, mesh=job.mesh, jit=job.program)
+        self.sampler = make(settings)
+        self.own_sampler = self.sampler if self.from_the_policy else make(own, name="kl_sampler")
         scorer = sampling.make_scorer(
             policy.model,
             prompt_width=width,
@@ -116,13 +117,6 @@ class Sampling:
             log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
             result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio.tolist())
         return result
-
-
-def sample_programs(job: Job, policy: Policy, settings: sampling.SampleSettings, name: str) -> sampling.Sampler:
-    """The sampler's programs of a run."""
-    made, spread = sampling.make_sampler(policy.model, settings), sampling.decoding_shardings(job.mesh)
-    start = job.program(f"{name}_start", made.start, out_shardings=spread)
-    return sampling.Sampler(start, job.program(name, made.extend, donate_argnums=1, out_shardings=spread))
 
 
 def _distinct_prompts(data: Data, limit: int) -> tuple[list[int], list[list[int]]]:

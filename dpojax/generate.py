@@ -15,6 +15,7 @@ from dpojax.config import check_template, unescape
 from dpojax.data.chat import ChatTemplate, TemplateError
 from dpojax.data.records import open_records
 from dpojax.data.tokens import Tokenizer, prompt_ids, stop_ids
+from dpojax.data.triples import read_tools
 from dpojax.errors import ConfigError, DataError, NumericsError
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
 from dpojax.metrics import Progress
@@ -75,12 +76,13 @@ def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTem
             )
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):
             raise DataError(f"{where}: a message is {{role, content}} of strings")
-        if (word := chat.forged(given, row.get("tools"))) is not None:
+        tools = read_tools(row, where)
+        if (word := chat.forged(given, tools)) is not None:
             raise DataError(
                 f"{where}: a message or tool spells the special token {word!r}, which the template would pass on as one"
             )
         try:
-            text = chat.render(given, add_generation_prompt=True, tools=row.get("tools"))
+            text = chat.render(given, add_generation_prompt=True, tools=tools)
         except TemplateError as error:
             raise DataError(f"{where}: {chat.name}: {error}") from error
         return Prompt(row, prompt_ids(text, tokenizer, limit, chat=True)[0])
@@ -205,12 +207,9 @@ def generate(args: argparse.Namespace) -> None:
     settings = sampling.SampleSettings(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, ends, tokenizer.pad_id, args.num_samples
     )
-    made, spread = sampling.make_sampler(loaded.model, settings), sampling.decoding_shardings(loaded.mesh)
-    sampler = sampling.Sampler(
-        jax.jit(made.start, out_shardings=spread), jax.jit(made.extend, out_shardings=spread, donate_argnums=1)
-    )
-    shards = sharding.num_shards(loaded.mesh)
-    size, width = -(-min(args.batch_size, len(ids)) // shards) * shards, sampling.prompt_width(ids)
+    jit = lambda name, function, **options: jax.jit(function, **options)
+    sampler = sampling.compile_sampler(loaded.model, settings, loaded.mesh, jit)
+    size, width = sampling.whole_batch(args.batch_size, len(ids), loaded.mesh), sampling.prompt_width(ids)
     progress = Progress("sampling", len(ids), "prompts", enabled=out.path is not None)
     draw = functools.partial(
         sampling.generate, sampler, loaded.params, settings=settings, width=width, batch_size=size,

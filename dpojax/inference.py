@@ -6,7 +6,6 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,9 +15,9 @@ from dpojax.data.tokens import Tokenizer, chat_template, load_tokenizer
 from dpojax.datasets import tokenizer_of
 from dpojax.errors import ConfigError, DpojaxError
 from dpojax.metrics import Progress, say
-from dpojax.models import Model, ModelConfig, hf, make_decoder
-from dpojax.models.attention import make_attention
-from dpojax.models.table import num_params
+from dpojax.models import Model, ModelConfig, hf
+from dpojax.models.table import num_params, param_shapes
+from dpojax.policy import place_decoder
 from dpojax.weights import ignored_fields, open_weights
 
 
@@ -47,19 +46,11 @@ def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> L
     """The model at `path` (see weights.open_weights), spread over all devices; `quiet`: without progress."""
     weights = open_weights(path, ignore=ignored_fields(args.ignore_fields))
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=args.tensor)
-    dtype = jnp.dtype(args.dtype)
-    model = make_decoder(
-        weights.config,
-        attention=make_attention("auto", num_shards=sharding.num_shards(mesh)),
-        dtype=dtype,
-        param_dtype=dtype,
-        remat="none",
-        constrain=sharding.constrain_rows(mesh),
-        mix=sharding.spread_experts(mesh, sharding.RULES),
-    )
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    kinds = dict(attention="auto", dtype=args.dtype, param_dtype=args.dtype, remat="none")
+    model = place_decoder(weights.config, mesh, sharding.RULES, **kinds)
+    shardings = sharding.param_shardings(param_shapes(weights.config), model.axes, mesh, sharding.RULES)
     progress = Progress(f"reading {path}", hf.num_tensors(weights.config), "tensors", enabled=not quiet)
-    params = weights.load(sharding.param_shardings(abstract, model.axes, mesh, sharding.RULES), dtype, progress)
+    params = weights.load(shardings, jnp.dtype(args.dtype), progress)
     progress.close(f"{num_params(weights.config) / 1e6:,.2f}M parameters, {weights.config.family}, {args.dtype}")
     return Loaded(model, weights.config, params, mesh, args.dtype)
 

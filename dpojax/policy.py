@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dpojax import sharding
 from dpojax.config import SIZES
@@ -59,8 +60,7 @@ def open_policy(job: Job, data: Data) -> Policy:
     if largest >= config.vocab_size:
         raise ConfigError(f"the data holds the token id {largest}, the model's embedding has {config.vocab_size} rows")
     longest = max(int(i.sequence_lengths().max()) for i in indexes)
-    if config.hard_max_positions:
-        check_positions(config, longest, "data.max_prompt_tokens or data.max_response_tokens")
+    check_positions(config, longest, "data.max_prompt_tokens or data.max_response_tokens")
     if longest > config.max_positions:
         job.say(f"warning: prompt and response reach {longest} tokens, the model was made for {config.max_positions} positions")
     model = build_model(job, config)
@@ -86,15 +86,30 @@ def check_positions(config: ModelConfig, longest: int, settings: str) -> None:
 def build_model(job: Job, config: ModelConfig) -> Model:
     """The decoder of a run, on its mesh."""
     section, adapters = job.config.model, job.config.lora
+    return place_decoder(
+        config,
+        job.mesh,
+        job.config.mesh.rules,
+        attention=section.attention,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+        adapter=lora.Adapter(adapters.alpha / adapters.rank, adapters.dropout) if adapters.rank else None,
+    )
+
+
+def place_decoder(
+    config: ModelConfig, mesh: Mesh, rules: dict[str, str], *, attention: str, dtype: str, param_dtype: str, **options: Any
+) -> Model:
+    """The decoder on a mesh; the arguments by name, and `options`, are as `make_decoder`'s."""
     return make_decoder(
         config,
-        attention=make_attention(section.attention, num_shards=sharding.num_shards(job.mesh)),
-        dtype=jnp.dtype(section.dtype),
-        param_dtype=jnp.dtype(section.param_dtype),
-        remat=section.remat,
-        constrain=sharding.constrain_rows(job.mesh),
-        mix=sharding.spread_experts(job.mesh, job.config.mesh.rules),
-        adapter=lora.Adapter(adapters.alpha / adapters.rank, adapters.dropout) if adapters.rank else None,
+        attention=make_attention(attention, num_shards=sharding.num_shards(mesh)),
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        constrain=sharding.constrain_rows(mesh),
+        mix=sharding.spread_experts(mesh, rules),
+        **options,
     )
 
 

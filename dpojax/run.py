@@ -63,8 +63,8 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     params = params_before_dpo(job, data, policy)
     mode, moving = resolved_mode(config), config.loss.make().moving
     other = reference_params(job, policy) if config.reference.init else None
-    origin_digest = checkpoint.digest(checkpoint.checksums(params))
-    weights = checkpoint.checksums(params if other is None else other)
+    own_weights = checkpoint.checksums(params)
+    weights = own_weights if other is None else checkpoint.checksums(other)
     base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
     if mode == "none":
         ref = None
@@ -104,7 +104,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     evaluation = _Evaluation(job, policy, full, None if moving else ref, eval_pack, groups, sampler)
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
     stage, optimizer = _dpo_stage(
-        job, data, trained, weights, origin_digest, batch_stream(job, train_pack, groups, config.num_steps), groups
+        job, data, trained, weights, own_weights, batch_stream(job, train_pack, groups, config.num_steps), groups
     )
     stage.evaluate = evaluation
     state = start_state(job, stage, params, optimizer, trained, moving_ref=ref if moving else None)
@@ -178,7 +178,9 @@ class _Evaluation:
         )
 
 
-def _dpo_stage(job: Job, data: Data, policy: Policy, weights, origin_digest: str, batches, groups: int) -> tuple[Stage, Any]:
+def _dpo_stage(
+    job: Job, data: Data, policy: Policy, weights, own_weights: dict[str, str], batches, groups: int
+) -> tuple[Stage, Any]:
     """The preference stage and its optimizer."""
     c = job.config
     loss = c.loss.make()
@@ -209,7 +211,7 @@ def _dpo_stage(job: Job, data: Data, policy: Policy, weights, origin_digest: str
         data.train,
         policy,
         reference={"weights": checkpoint.digest(weights), "dtype": frozen_dtype(c)},
-        **({"lora": {**dataclasses.asdict(c.lora), "base": origin_digest}} if c.lora.rank else {}),
+        **({"lora": {**dataclasses.asdict(c.lora), "base": checkpoint.digest(own_weights)}} if c.lora.rank else {}),
         loss={**dataclasses.asdict(c.loss), "source": loss.source},
         batch={"batch_size": c.batch_size, "batch_groups": c.batch_groups},
     )
@@ -245,11 +247,9 @@ def _write_settings(job: Job, data: Data, policy: Policy) -> None:
     if generation is not None and generation.is_file() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
     if data.tokenizer is not None:  # its own files, whatever lies beside the weights
-        beside = data.tokenizer.folder
-    if beside is not None:
-        copy_companions(beside, folder)
-    if data.tokenizer is not None:
         data.tokenizer.save(folder)
+    elif beside is not None:
+        copy_companions(beside, folder)
 
 
 def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:

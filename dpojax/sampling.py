@@ -144,6 +144,21 @@ def decoding_shardings(mesh: Mesh) -> Decoding:
     return Decoding(**dict.fromkeys(Decoding._fields, rows))._replace(step=whole, cache=layers)
 
 
+def compile_sampler(
+    model: Model, settings: SampleSettings, mesh: Mesh, jit: Callable[..., Callable], name="sampler"
+) -> Sampler:
+    """The programs of a sampler; `jit`: (name, function, **options of jax.jit) -> the program."""
+    made, spread = make_sampler(model, settings), decoding_shardings(mesh)
+    start = jit(f"{name}_start", made.start, out_shardings=spread)
+    return Sampler(start, jit(name, made.extend, donate_argnums=1, out_shardings=spread))
+
+
+def whole_batch(batch_size: int, count: int, mesh: Mesh) -> int:
+    """Prompts of a batch: no more than there are, rounded up to the data shards."""
+    shards = sharding.num_shards(mesh)
+    return -(-min(batch_size, count) // shards) * shards
+
+
 def rows_put(mesh: Mesh) -> Callable[[np.ndarray], Array]:
     """Puts a host array that every process holds onto the devices, rows over the data axes."""
     rows = sharding.rows_sharding(mesh, leading=0)

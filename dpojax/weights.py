@@ -14,9 +14,9 @@ from dpojax.checkpoint import Checkpoints, newest_step
 from dpojax.data.tokens import COMPANIONS
 from dpojax.errors import ConfigError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
-from dpojax.models.families import read_fields
+from dpojax.models.families import model_config, read_fields
 from dpojax.models.quantise import store_as
-from dpojax.models.table import layer_rows, model_rows
+from dpojax.models.table import param_shapes
 
 Progress = Callable[[int], None]
 
@@ -44,7 +44,7 @@ def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
       ignore: fields of config.json that are known not to matter.
     Raises: ConfigError if there are none, or they cannot be read.
     """
-    place = pathlib.Path(path) if "\0" not in path else pathlib.Path()
+    place = pathlib.Path(path)
     if "\0" not in path and place.is_file():
         return _from_llama2c(place)
     if "\0" in path or not place.is_dir():
@@ -59,9 +59,10 @@ def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
 
 
 def _from_directory(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
-    config = hf.read_config(folder, ignore)
+    fields = read_fields(folder)
+    config = model_config(fields, folder / "config.json", ignore)
     load = lambda shardings, dtype, progress: hf.load_params(folder, config, shardings, dtype, progress)
-    return Weights(config, read_fields(folder), folder, load)
+    return Weights(config, fields, folder, load)
 
 
 def _from_llama2c(path: pathlib.Path) -> Weights:
@@ -95,7 +96,9 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
 
         def load(shardings, dtype, progress):
             del progress
-            abstract = jax.tree.map(lambda s, x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shardings, _shapes(config))
+            abstract = jax.tree.map(
+                lambda s, x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shardings, param_shapes(config)
+            )
             return found.restore_params(number, abstract, shardings, meta)
 
         return Weights(config, meta.get("fields"), companions, load)
@@ -127,10 +130,3 @@ def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str
     if not init:
         raise ConfigError(f"{workdir}: its adapters stand on random weights that no folder holds; there is nothing to load")
     return open_weights(init, ignore=ignore)
-
-
-def _shapes(config: ModelConfig) -> Any:
-    """ShapeDtypeStructs of the parameters."""
-    tree: dict[str, Any] = {r.name: jax.ShapeDtypeStruct(r.shape, jnp.float32) for r in model_rows(config)}
-    stacked = {r.name: jax.ShapeDtypeStruct((config.num_layers, *r.shape), jnp.float32) for r in layer_rows(config)}
-    return {**tree, "layers": stacked}

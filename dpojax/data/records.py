@@ -172,6 +172,17 @@ def _hub(name: str) -> Records:
     return Records(f"hf:{name}", len(table), source.get, source.where, str(table._fingerprint))
 
 
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """A small file of one JSON object. Raises ConfigError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return value
+
+
 def fingerprint_file(path: pathlib.Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

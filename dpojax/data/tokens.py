@@ -22,6 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dpojax.data.chat import ChatTemplate, TemplateError, find_template
 from dpojax.data.packing import TokenGroup
+from dpojax.data.records import read_object
 from dpojax.data.triples import Dropped, Group, keep_sound
 from dpojax.errors import ConfigError, DataError
 
@@ -77,6 +78,8 @@ class SentencePieceTokenizer:
         self.pad_id = pad if pad >= 0 else eos
         self.vocab_size = self._prompt.vocab_size()
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
+        control = [i for i in range(self.vocab_size) if self._prompt.is_control(i)]
+        self._specials = {self._prompt.id_to_piece(i): i for i in control}
         # Models that squeeze white space would also strip the space that a continuation starts with.
         self._squeezes = self._continuation.encode(" a") == self._continuation.encode("a")
 
@@ -87,8 +90,7 @@ class SentencePieceTokenizer:
         self.__init__(**state)
 
     def specials(self) -> dict[str, int]:
-        ids = [i for i in range(self.vocab_size) if self._prompt.is_control(i)]
-        return {self._prompt.id_to_piece(i): i for i in ids}
+        return self._specials
 
     def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
         specials = self.specials()
@@ -125,6 +127,8 @@ class SentencePieceTokenizer:
         return None if found == self._prompt.unk_id() and piece != self._prompt.id_to_piece(found) else found
 
     def save(self, folder: pathlib.Path) -> None:
+        if self.folder is not None:
+            copy_companions(self.folder, folder)
         for other in ("tokenizer.json", "spiece.model"):  # of another tokenizer: they would be read in its place
             (folder / other).unlink(missing_ok=True)
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -152,6 +156,7 @@ class JsonTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._text, self._chat = text, None
+        self._specials = {t.content: i for i, t in self._prompt.get_added_tokens_decoder().items() if t.special}
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
         names = _special_names(self.path.parent)
         bos = self._id(names.get("bos_token"))
@@ -185,7 +190,7 @@ class JsonTokenizer:
         return self._continuation.encode(text, add_special_tokens=False).ids
 
     def specials(self) -> dict[str, int]:
-        return {t.content: i for i, t in self._prompt.get_added_tokens_decoder().items() if t.special}
+        return self._specials
 
     def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
         if self._chat is None:  # made when first asked for: most runs have no chat template
@@ -236,11 +241,11 @@ def _added_tokens(folder: pathlib.Path) -> list[str]:
     found: list[str] = []
     for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
         if (folder / name).is_file():
+            values = read_object(folder / name)
             try:
-                values = json.loads((folder / name).read_text(encoding="utf-8"))
                 values = values if key is None else (values.get(key) or {}).values()
                 found += [v["content"] if isinstance(v, dict) else v for v in values]
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
+            except (AttributeError, TypeError, KeyError) as error:
                 raise ConfigError(f"{folder / name}: not a table of tokens ({error})") from error
     return found
 
@@ -277,10 +282,7 @@ def _special_names(folder: pathlib.Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            try:
-                values = json.loads((folder / file).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"tokenizer: {folder / file} is not JSON: {error}") from error
+            values = read_object(folder / file)
             for key in ("bos_token", "eos_token", "pad_token"):
                 value = values.get(key)
                 value = value.get("content") if isinstance(value, dict) else value
@@ -375,10 +377,7 @@ def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, 
     found = [tokenizer.eos_id]
     path = None if tokenizer.folder is None else tokenizer.folder / "generation_config.json"
     if path is not None and path.is_file():
-        try:
-            own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: not a JSON object ({error})") from error
+        own = read_object(path).get("eos_token_id")
         found += own if isinstance(own, list) else [own] if isinstance(own, int) else []
     if template is not None:
         try:

@@ -379,7 +379,7 @@ def _from_messages(row: Row, where: str, template: str, chat: ChatTemplate | Non
     return Group(_as_text(before), (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))
 
 
-def _tools(row: Row, where: str) -> Any:
+def read_tools(row: Row, where: str) -> Any:
     """The column tools: a list, or the same as JSON text."""
     tools = row.get("tools")
     try:
@@ -391,13 +391,13 @@ def _tools(row: Row, where: str) -> Any:
 def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> Group:
     """The prompt and the two responses as the chat template writes them."""
     message = lambda role, content: {"role": role, "content": content}
-    prompt = [message(*m) for m in before]
-    if chat.forged([*prompt, *(message(*a) for a in answers)], _tools(row, where)) is not None:
+    prompt, tools = [message(*m) for m in before], read_tools(row, where)
+    if chat.forged([*prompt, *(message(*a) for a in answers)], tools) is not None:
         raise Dropped("special_token")
     if any(not content.strip() for _, content in answers):
         raise Dropped("empty_response")
     try:
-        written = [chat.split(prompt, message(*a), tools=_tools(row, where)) for a in answers]
+        written = [chat.split(prompt, message(*a), tools=tools) for a in answers]
     except TemplateError as error:
         raise DataError(f"{where}: {chat.name}: {error}") from error
     responses, contents = tuple(w.response for w in written), tuple(w.content for w in written)

@@ -4,12 +4,12 @@ A field that can change the forward pass is mapped here or it is an error. Dropo
 and DPO trains without it (as TRL's disable_dropout does).
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from dpojax.data.records import read_object
 from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig, RopeScaling
 
@@ -598,13 +598,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.init={str(folder)!r}: there is no config.json in it")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return fields
+    return read_object(path)
 
 
 def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from dpojax.data.records import fingerprint_file
 from dpojax.data.tokens import TOKENIZER_NAMES, copy_companions, load_tokenizer
 from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
@@ -287,13 +288,8 @@ def verify_checksums(folder: pathlib.Path) -> None:
         raise ConfigError(f"{path}: not a table of checksums ({error})") from error
     for name, digest in noted.items():
         file = folder / pathlib.PurePath(name).name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or fingerprint_file(file) != digest:
             raise ConfigError(f"{file}: its bytes are not those that were exported; if that is meant, remove {path}")
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.data.records import read_object
 from dpojax.errors import ConfigError
 from dpojax.models import hf
 from dpojax.models.config import ModelConfig
@@ -34,12 +35,7 @@ INERT = {
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json. Raises ConfigError for what is no plain LoRA."""
     path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: not a JSON object")
+    settings = read_object(path)
     init = settings.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ConfigError(

@@ -6,7 +6,10 @@ Dimension letters: V vocabulary, D model, F mlp, H query heads, K kv heads, E he
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from dpojax.models.config import ModelConfig
 
@@ -100,6 +103,13 @@ def logical_axes(config: ModelConfig) -> dict:
     axes: dict = {row.name: row.axes for row in model_rows(config)}
     axes["layers"] = {row.name: ("layers", *row.axes) for row in layer_rows(config)}
     return axes
+
+
+def param_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> dict:
+    """The tree of ShapeDtypeStructs of the parameters."""
+    tree: dict = {row.name: jax.ShapeDtypeStruct(row.shape, dtype) for row in model_rows(config)}
+    stacked = {row.name: jax.ShapeDtypeStruct((config.num_layers, *row.shape), dtype) for row in layer_rows(config)}
+    return {**tree, "layers": stacked}
 
 
 def num_params(config: ModelConfig) -> int:
