@@ -52,7 +52,7 @@ def default() -> ConfigDict:
     c.data.prompt_template = ""  # e.g. '{prompt}\n\nTL;DR:'
     c.data.max_prompt_tokens = 512  # BOS included; prompts are cut from the left
     c.data.max_response_tokens = 128  # EOS included; responses are cut from the right
-    c.data.layout = "auto"  # shared (prompt once, packed), separate (padded, the oracle), auto
+    c.data.layout = "auto"  # shared (prompt once, packed), slots (the same, by parts of a row; TPU), separate (the oracle)
     c.data.row_tokens = 0  # 0: the multiple of 128 that wastes least on this data
     c.data.micro_batch_tokens = 4096  # per data shard; a step takes as many micro-batches as it needs
     c.data.eval_max_pairs = 512  # 0: all
@@ -67,8 +67,8 @@ def default() -> ConfigDict:
     c.model.init = ""  # Hugging Face directory, dpojax checkpoint, or "" for random weights
     c.model.dtype = "float32"  # of the computation; bfloat16 on accelerators
     c.model.param_dtype = "float32"  # bf16 masters lose updates at small learning rates
-    c.model.attention = "auto"
-    c.model.remat = "dots"  # none, dots (keep matrix products and attention), full (keep a layer's input)
+    c.model.attention = "auto"  # splash on TPUs, cudnn on NVIDIA GPUs where it can, xla elsewhere; full is the oracle
+    c.model.remat = "dots"  # none, dots (keep matrix products), attention, full (a layer's input), dots_offload, full_offload
     c.model.logps_chunk_tokens = 256  # logits exist for this many tokens at a time
     c.model.router_loss_weight = 0.0  # of a mixture of experts' load-balancing loss
     c.model.ignore_fields = ""  # fields of model.init's config.json that are known not to matter, comma-separated
@@ -148,8 +148,10 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: what is left
     c.mesh.fsdp = 1
+    c.mesh.sequence = 1  # devices that share each row's tokens, for long contexts; attention trades tokens for heads
     c.mesh.tensor = 1
-    # logical axis -> mesh axis; "" keeps it whole
+    c.mesh.num_slices = 0  # TPU slices, or groups of hosts: the data axis alone crosses them. 0: as the devices say
+    # logical axis -> mesh axis, or several, outermost first ("fsdp,sequence"); "" keeps it whole
     c.mesh.rules = ConfigDict(
         dict(
             vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="", experts="tensor"

@@ -50,7 +50,7 @@ class DataConfig:
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
     max_prompt_tokens: int  # BOS included; prompts are cut from the left
     max_response_tokens: int  # EOS included; responses are cut from the right
-    layout: str  # auto, shared or separate
+    layout: str  # auto, shared, slots or separate
     row_tokens: int  # 0 = derived from the data
     micro_batch_tokens: int  # tokens of a micro-batch on each data shard
     eval_max_pairs: int  # 0 = all
@@ -177,7 +177,9 @@ class MeshConfig:
 
     data: int
     fsdp: int
+    sequence: int  # devices that share each row's tokens; attention exchanges them for heads
     tensor: int
+    num_slices: int  # groups of devices with a fast network inside; the data axis alone crosses them. 0: as the devices say
     rules: dict[str, str]
 
 
@@ -312,12 +314,12 @@ def _require(test: bool, field: str, value, must: str) -> None:
 def _validate(config: Config) -> None:
     """Everything that can be known before a device is touched."""
     one_of = {
-        "data.layout": (config.data.layout, ("auto", "shared", "separate")),
+        "data.layout": (config.data.layout, ("auto", "shared", "slots", "separate")),
         "data.on_bad_line": (config.data.on_bad_line, ("error", "skip")),
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
-        "model.attention": (config.model.attention, ("auto", "xla", "full")),
-        "model.remat": (config.model.remat, ("none", "full", "dots")),
+        "model.attention": (config.model.attention, ("auto", "xla", "cudnn", "splash", "full")),
+        "model.remat": (config.model.remat, ("none", "dots", "attention", "full", "dots_offload", "full_offload")),
         "reference.mode": (config.reference.mode, ("auto", "live", "cached", "adapter", "none")),
         "reference.dtype": (config.reference.dtype, STORED),
         "reference.memory": (config.reference.memory, ("device", "pinned_host")),
@@ -345,6 +347,7 @@ def _validate(config: Config) -> None:
         "data.workers": (config.data.workers, 0),
         "model.logps_chunk_tokens": (config.model.logps_chunk_tokens, 1),
         "lora.rank": (config.lora.rank, 0),
+        "mesh.num_slices": (config.mesh.num_slices, 0),
         "sft.num_steps": (config.sft.num_steps, 0),
         "sft.steps_from_random": (config.sft.steps_from_random, 0),
         "sft.batch_size": (config.sft.batch_size, 1),

@@ -1,12 +1,14 @@
 """Useful work of a step: the FLOPs that its tokens need, over what the devices could have done (MFU, Chowdhery et al. 2022).
 
-Useful are the matrix products of every distinct token once, and of the vocabulary at response tokens; padding, rematerialised
-work and attention's own products do not count, so that the MFU is a lower bound.
+Counted are the matrix products of every distinct token once (a shared prompt once), the scores and sums of attention between
+tokens that see each other (causal: about half), and the vocabulary at response tokens. Padding, work that is done again in the
+backward pass, a second pass of coupled objectives, norms, softmax and the optimizer do not count.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
+from dpojax.data.pipeline import Work
 from dpojax.models import ModelConfig
 from dpojax.models.table import layer_rows
 
@@ -19,26 +21,36 @@ PEAK = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,  # v5p
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # one of the two devices of a chip
 }
 
 
-class TokenFlops(NamedTuple):
-    """FLOPs of one token of a step."""
-
-    token: float  # through the layers
-    response_token: float  # through the vocabulary, besides
-
-
-def token_flops(config: ModelConfig, *, passes: int) -> TokenFlops:
-    """FLOPs of a token of `config`.
-
-    Args:
-      passes: forward passes' worth of work: 3 for a forward and backward pass, 1 more for a live reference.
-    """
+def layer_work(config: ModelConfig) -> Work:
+    """FLOPs of one layer's forward pass: of a token through its matrices, and of a query and a key that see each other."""
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0  # of its experts that a token meets
     matrices = sum(math.prod(row.shape) * (share if row.experts else 1) for row in layer_rows(config) if row.in_dims)
-    head = config.hidden_size * config.vocab_size
-    return TokenFlops(2.0 * passes * config.num_layers * matrices, 2.0 * passes * head)
+    return Work(token=2.0 * matrices, pair=4.0 * config.num_heads * config.head_dim)
+
+
+def visible_pairs(prompt: int, responses: Sequence[int], window: int) -> int:
+    """Pairs of a query and a key of a group that the attention rule lets see each other; window 0: none."""
+    seen = 0
+    for first, count in [(0, prompt), *((prompt, y) for y in responses)]:
+        if not window:
+            seen += first * count + count * (count + 1) // 2
+            continue
+        rising = min(max(window - first, 0), count)  # tokens that see everything before them
+        seen += first * rising + rising * (rising + 1) // 2 + (count - rising) * window
+    return seen
+
+
+def forward_flops(config: ModelConfig, prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> float:
+    """FLOPs of one forward pass over groups of these lengths."""
+    scored = sum(map(sum, responses))
+    work, windows = layer_work(config), config.windows or (0,) * config.num_layers
+    pairs = {w: sum(visible_pairs(x, ys, w) for x, ys in zip(prompts, responses, strict=True)) for w in set(windows)}
+    layers = config.num_layers * work.token * (sum(prompts) + scored) + work.pair * sum(pairs[w] for w in windows)
+    return layers + 2.0 * config.hidden_size * config.vocab_size * scored
 
 
 def peak_flops(device_kind: str) -> float | None:

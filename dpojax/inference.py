@@ -46,7 +46,7 @@ def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> L
     """The model at `path` (see weights.open_weights), spread over all devices; `quiet`: without progress."""
     weights = open_weights(path, ignore=ignored_fields(args.ignore_fields))
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=args.tensor)
-    kinds = dict(attention="auto", dtype=args.dtype, param_dtype=args.dtype, remat="none")
+    kinds = dict(dtype=args.dtype, param_dtype=args.dtype, remat="none")
     model = place_decoder(weights.config, mesh, sharding.RULES, **kinds)
     shardings = sharding.param_shardings(param_shapes(weights.config), model.axes, mesh, sharding.RULES)
     progress = Progress(f"reading {path}", hf.num_tensors(weights.config), "tensors", enabled=not quiet)

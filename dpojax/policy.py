@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from dpojax import sharding
 from dpojax.config import SIZES
+from dpojax.data.packing import PackShape
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
-from dpojax.models import Model, ModelConfig, hf, lora, make_decoder
-from dpojax.models.attention import make_attention
+from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
 from dpojax.models.quantise import store_as
 from dpojax.models.table import num_params
 from dpojax.weights import Weights, ignored_fields, open_weights
@@ -22,7 +22,7 @@ from dpojax.weights import Weights, ignored_fields, open_weights
 class Policy(NamedTuple):
     """The model of a run, and where its trained parameters lie: all of them, or adapters (`adapted`)."""
 
-    model: Model
+    model: Model  # for rows of any shape; `fitted` makes the faster one for a given shape
     config: ModelConfig
     abstract: Any  # ShapeDtypeStructs of the trained parameters
     shardings: Any
@@ -83,14 +83,15 @@ def check_positions(config: ModelConfig, longest: int, settings: str) -> None:
         )
 
 
-def build_model(job: Job, config: ModelConfig) -> Model:
-    """The decoder of a run, on its mesh."""
+def build_model(job: Job, config: ModelConfig, shape: PackShape | None = None, kernel: str = "xla") -> Model:
+    """The decoder of a run, on its mesh; for rows of `shape` alone where that is given."""
     section, adapters = job.config.model, job.config.lora
     return place_decoder(
         config,
         job.mesh,
         job.config.mesh.rules,
-        attention=section.attention,
+        kernel="full" if section.attention == "full" else kernel,
+        shape=shape,
         dtype=section.dtype,
         param_dtype=section.param_dtype,
         remat=section.remat,
@@ -98,17 +99,52 @@ def build_model(job: Job, config: ModelConfig) -> Model:
     )
 
 
+def kernel_name(job: Job, config: ModelConfig, layout: str) -> tuple[str, str]:
+    """The attention kernel of a run on rows of this layout, and why it is that one where it is a choice."""
+    section = job.config.model
+    return kernels.choose(
+        section.attention, config, dtype=section.dtype, layout=layout, platform=job.mesh.devices.flat[0].platform
+    )
+
+
+def fitted(job: Job, policy: Policy, shape: PackShape) -> Policy:
+    """The policy with the model for rows of this shape alone, on the kernel that model.attention asks for."""
+    return policy._replace(
+        model=build_model(job, policy.config, shape, kernel_name(job, policy.config, shape.layout)[0])
+    )
+
+
 def place_decoder(
-    config: ModelConfig, mesh: Mesh, rules: dict[str, str], *, attention: str, dtype: str, param_dtype: str, **options: Any
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: dict[str, str],
+    *,
+    dtype: str,
+    param_dtype: str,
+    kernel: str = "xla",
+    shape: PackShape | None = None,
+    **options: Any,
 ) -> Model:
-    """The decoder on a mesh; the arguments by name, and `options`, are as `make_decoder`'s."""
+    """The decoder on a mesh.
+
+    Args:
+      kernel, shape: of attention, as `kernels.make_kernel`'s.
+      dtype, param_dtype: by name; `options` are as `make_decoder`'s.
+    """
+    split = mesh.shape["sequence"] > 1
+    if split and config.num_experts:
+        raise ConfigError(f"mesh.sequence={mesh.shape['sequence']}: a mixture of experts takes whole sequences; set it to 1")
+    own = kernels.make_kernel(kernel, config, shape, platform=mesh.devices.flat[0].platform)
     return make_decoder(
         config,
-        attention=make_attention(attention, num_shards=sharding.num_shards(mesh)),
+        attention=kernels.on_mesh(own, mesh, sharding.ROW_AXES, sharding.attention_axes(mesh, rules)),
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         constrain=sharding.constrain_rows(mesh),
+        constrain_final=sharding.constrain_rows(mesh, whole=True),
+        constrain_logits=sharding.constrain_logits(mesh, rules),
         mix=sharding.spread_experts(mesh, rules),
+        flat=not split,
         **options,
     )
 

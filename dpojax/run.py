@@ -19,13 +19,12 @@ from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import groups_per_step
 from dpojax.data.tokens import copy_companions
 from dpojax.datasets import Data, open_data
-from dpojax.flops import token_flops
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, adapted, initial_adapters, open_policy, reference_params
+from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
 from dpojax.stages import (
     Stage,
     batch_shape,
@@ -35,6 +34,7 @@ from dpojax.stages import (
     packer,
     params_before_dpo,
     start_state,
+    step_flops,
     train_program,
     train_stage,
 )
@@ -47,7 +47,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     Raises: DpojaxError for what a user can mend; Interrupted after saving.
     """
     began = time.monotonic()
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = sharding.config_mesh(config.mesh)
     job = Job(config, workdir, mesh, MetricsLog(workdir, enabled=jax.process_index() == 0), stop)
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     job.say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)")
@@ -73,11 +73,14 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     else:
         ref = reference.open_live(job, policy, params if other is None else other)
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
-    shape = batch_shape(job, [data.train_index, data.eval_index], groups)
+    shape = batch_shape(job, policy, [data.train_index, data.eval_index], groups)
+    kernel, reason = kernel_name(job, policy.config, shape.layout)
+    slots = "" if shape.slots is None else f" of {shape.slots[0]} + {shape.num_lanes} x {shape.slots[1]}"
     job.say(
         f"rows: {shape.shard_rows} x {shape.row_tokens} tokens a micro-batch on each of {shape.num_shards} data shard(s), "
-        f"layout {shape.layout}"
+        f"layout {shape.layout}{slots}, attention {kernel}{f' ({reason})' if reason else ''}"
     )
+    anywhere, policy = policy, fitted(job, policy, shape)
     trained, own_dtype = policy, config.model.param_dtype
     if ref is not None and ref is not base:
         _say_rounding(job, data, policy, params if other is None else other, ref, config.reference.dtype, shape, groups)
@@ -99,7 +102,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     caches: tuple[Any, Any] = (None, None)
     if mode == "cached":
         caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
-    sampler = evaluate.Sampling(job, data, policy) if config.sample.num_prompts and data.tokenizer is not None else None
+    sampler = evaluate.Sampling(job, data, anywhere) if config.sample.num_prompts and data.tokenizer is not None else None
     eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
     evaluation = _Evaluation(job, policy, full, None if moving else ref, eval_pack, groups, sampler)
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
@@ -230,7 +233,7 @@ def _dpo_stage(
         groups=groups,
         epoch_groups=len(data.train_index.rows),
         evaluate=lambda step, state: None,
-        flops=token_flops(policy.config, passes=(3 if not c.lora.rank else 2) + (resolved_mode(c) in ("live", "adapter"))),
+        flops=step_flops(policy.config, (2 if c.lora.rank else 3) + (resolved_mode(c) in ("live", "adapter"))),
     )
     return stage, optimizer
 
@@ -295,8 +298,11 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
         job.say(f"self-check: skipped ({'off' if c.self_check == 'off' else 'over 1B parameters; self_check=full runs it'})")
         return None
     start = time.monotonic()
+    kernel, _ = kernel_name(job, policy.config, shape.layout)
+    # Every arrangement on the run's kernel, but for the oracle's, which is on plain XLA.
+    model_for = lambda own: build_model(job, policy.config, own, "xla" if own.layout == "separate" else kernel)
     found = selfcheck.self_check(
-        policy.model,
+        model_for,
         params,
         ref,
         packer(job, data.train, data.train_index, shape),

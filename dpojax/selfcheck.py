@@ -1,5 +1,7 @@
 """At start-up: does this very run compute its objective? A few real groups, through the real model, in three arrangements."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,7 +114,7 @@ def _by_micro_batch(loss: Loss, batch: PackedBatch, scores: StepScores) -> PairR
 
 
 def self_check(
-    model: Model,
+    model_for: Callable[[PackShape], Model],
     params,
     ref_params,
     pack: PackGroups,
@@ -132,6 +134,7 @@ def self_check(
       LAYOUT_BOUND, or a pair's loss by more than that noise explains.
 
     Args:
+      model_for: the model for rows of a shape.
       ref_params: None where the run has no reference.
       pack: the first groups of its index are used.
       put: host batch to the devices.
@@ -145,12 +148,12 @@ def self_check(
     shape = lambda layout: make_shape(
         [index], layout=layout, num_groups=count, num_shards=num_shards, micro_batch_tokens=4096, row_tokens=0
     )
-    packed = shape("shared")
+    packed = shape(pack.shape.layout if pack.shape.layout == "slots" else "shared")
     # Room for all rows in one micro-batch, and for a micro-batch each.
-    packed = PackShape("shared", count, count, num_shards, packed.row_tokens, packed.num_slots, packed.num_pairs)
-    chunk = 128
+    packed = dataclasses.replace(packed, num_micro=count, shard_rows=count, num_shards=num_shards, row_groups=count)
+    separate, chunk = shape("separate"), 128
 
-    def check(params, ref_params, batch):
+    def check(model, params, ref_params, batch):
         scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
         policy, _, info = step_pairs(loss, batch, scores)
         # Where all log-ratios are 0 much cancels: the arrangements are compared with a policy that has moved, by token.
@@ -162,9 +165,12 @@ def self_check(
         ]
         return scores.policy.logps, policy, info, tuple(results)
 
-    programs = {layout: program(f"self_check_{layout}", check, out_shardings=replicated) for layout in ("shared", "separate")}
+    programs = {
+        own.layout: program(f"self_check_{own.layout}", functools.partial(check, model_for(own)), out_shardings=replicated)
+        for own in (packed, separate)
+    }
     tokens, pairs, first = {}, {}, None
-    for name, arrangement in _arrangements(prompts, responses, packed, shape("separate")).items():
+    for name, arrangement in _arrangements(prompts, responses, packed, separate).items():
         batch = put(_pack(pack, arrangement, prompts, responses, unpaired=loss.unpaired))
         logps, policy, info, (results, moved) = jax.device_get(programs[arrangement.shape.layout](params, ref_params, batch))
         tokens[name] = dict(by_response(arrangement.plan, responses, np.asarray(logps)))

@@ -5,14 +5,16 @@ Which logical axis goes to which mesh axis is data (config.mesh.rules); this mod
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dpojax.config import MeshConfig
 from dpojax.errors import ConfigError
 from dpojax.models import experts
 
@@ -20,24 +22,55 @@ from dpojax.models import experts
 RULES = dict(
     vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", mlp="tensor", norm="", layers="", experts="tensor"
 )
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 ROW_AXES = ("data", "fsdp")  # rows of a batch are spread over both
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, sequence: int = 1, num_slices: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """The device mesh; -1 takes the devices that are left.
 
+    Args:
+      num_slices: groups of devices with a fast network inside and a slow one between them (TPU slices, or hosts without
+        a fast fabric): only the data axis crosses from one to the next, so that gradients alone travel there.
+      devices: None: all of them.
     Raises: ConfigError if the product is not the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, sequence, tensor], len(devices)
     named = ", ".join(f"mesh.{k}={v}" for k, v in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"{named}: sizes are at least 1, and one of them may be -1 (what is left)")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = devices // math.prod(s for s in sizes if s != -1)
-    if math.prod(sizes) != devices:
-        raise ConfigError(f"{named}: the product must be the number of devices, {devices}")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        sizes[sizes.index(-1)] = count // math.prod(s for s in sizes if s != -1)
+    if math.prod(sizes) != count:
+        raise ConfigError(f"{named}: the product must be the number of devices, {count}")
+    types = (AxisType.Auto,) * len(sizes)
+    if num_slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    if sizes[0] % num_slices:
+        raise ConfigError(
+            f"mesh.num_slices={num_slices}: it must divide mesh.data, which is {sizes[0]}: the data axis alone crosses slices"
+        )
+    inside, across = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
+    slices = {getattr(d, "slice_index", None) for d in devices}
+    if len(slices) == num_slices:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    elif jax.process_count() % num_slices == 0 or len({d.process_index for d in devices}) == 1:
+        # No slices are known: neighbouring processes (or devices of one process, simulated) make one.
+        placed = np.asarray(devices).reshape(sizes)
+    else:
+        raise ConfigError(f"mesh.num_slices={num_slices}: the devices belong to {len(slices)} slice(s) and {jax.process_count()} processes")
+    return Mesh(placed, MESH_AXES, axis_types=types)
+
+
+def config_mesh(section: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a run; with as many slices as its devices say where the config says nothing."""
+    devices = jax.devices() if devices is None else devices
+    slices = section.num_slices or len({getattr(d, "slice_index", None) or 0 for d in devices})
+    sizes = {axis: getattr(section, axis) for axis in MESH_AXES}
+    return make_mesh(**sizes, num_slices=slices, devices=devices)
 
 
 def num_shards(mesh: Mesh) -> int:
@@ -52,17 +85,22 @@ def local_shards(mesh: Mesh) -> list[int]:
     return [i for i, devices in enumerate(by_shard) if any(d.process_index == here for d in devices)]
 
 
+def mesh_axes(rule: str) -> tuple[str, ...]:
+    """The mesh axes that a rule names, separated by commas; the first is the outermost."""
+    return tuple(filter(None, (name.strip() for name in rule.split(","))))
+
+
 def _spec(shape, axes, mesh: Mesh, rules: Mapping[str, str]) -> P:
     used: set[str] = set()
     spec = []
     for size, axis in zip(shape, axes, strict=True):
-        target = rules.get(axis, "")
         # A dimension that does not divide, or whose mesh axis is taken, stays whole on every device.
-        if not target or target in used or size % mesh.shape[target]:
-            spec.append(None)
-        else:
-            used.add(target)
-            spec.append(target)
+        own: tuple[str, ...] = ()
+        for target in mesh_axes(rules.get(axis, "")):
+            if target not in used and size % math.prod(mesh.shape[a] for a in (*own, target)) == 0:
+                own = (*own, target)
+        used.update(own)
+        spec.append(own[0] if len(own) == 1 else own or None)
     return P(*spec)
 
 
@@ -75,9 +113,10 @@ def param_shardings(params: Any, axes: Any, mesh: Mesh, rules: Mapping[str, str]
       rules: logical axis -> mesh axis; "" or absent: not split.
       memory: of the devices; "pinned_host": the host's memory.
     """
-    for axis, target in rules.items():
-        if target and target not in MESH_AXES:
-            raise ConfigError(f"mesh rule {axis}={target!r}: the mesh has the axes {', '.join(MESH_AXES)}")
+    for axis, rule in rules.items():
+        for target in mesh_axes(rule):
+            if target not in MESH_AXES:
+                raise ConfigError(f"mesh rule {axis}={rule!r}: the mesh has the axes {', '.join(MESH_AXES)}")
     is_axes = lambda x: isinstance(x, tuple)
     own = lambda a: lambda x: NamedSharding(mesh, _spec(x.shape, a, mesh, rules), memory_kind=memory)
     return jax.tree.map(lambda a, x: jax.tree.map(own(a), x), axes, params, is_leaf=is_axes)
@@ -108,10 +147,27 @@ def rows_sharding(mesh: Mesh, *, leading: int) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, ROW_AXES))
 
 
-def constrain_rows(mesh: Mesh):
-    """Keeps the leading axis of an activation spread over the data axes."""
-    sharding = rows_sharding(mesh, leading=0)
+def constrain_rows(mesh: Mesh, *, whole: bool = False):
+    """Keeps [R, L, ...] activations spread: rows over the data axes, and their tokens over the sequence axis unless `whole`."""
+    split = mesh.shape["sequence"] > 1 and not whole
+    sharding = NamedSharding(mesh, P(ROW_AXES, "sequence") if split else P(ROW_AXES))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_logits(mesh: Mesh, rules: Mapping[str, str]):
+    """Spreads the vocabulary of [A, C, V] logits over the devices that share a sequence, which all hold its tokens here."""
+    if mesh.shape["sequence"] == 1:
+        return lambda x: x
+    axes = tuple(dict.fromkeys((*mesh_axes(rules.get("vocab", "")), "sequence")))
+    size = math.prod(mesh.shape[a] for a in axes)
+    spread = NamedSharding(mesh, P(ROW_AXES, None, axes))
+    return lambda x: jax.lax.with_sharding_constraint(x, spread) if x.ndim == 3 and x.shape[2] % size == 0 else x
+
+
+def attention_axes(mesh: Mesh, rules: Mapping[str, str]) -> tuple[str, ...]:
+    """The mesh axes over which attention's heads are spread: the heads' own, and that of sequences, which are whole there."""
+    own = tuple(a for a in mesh_axes(rules.get("heads", "")) if a not in ROW_AXES)
+    return tuple(a for a in dict.fromkeys((*own, "sequence")) if mesh.shape[a] > 1)
 
 
 def spread_experts(mesh: Mesh, rules: Mapping[str, str]):
@@ -119,7 +175,7 @@ def spread_experts(mesh: Mesh, rules: Mapping[str, str]):
     axis = rules.get("experts", "")
     if mesh.size == 1:
         return experts.mix
-    if axis in ROW_AXES:
+    if axis and axis not in MESH_AXES[2:]:
         raise ConfigError(f"mesh.rules.experts={axis!r}: the rows are spread over {', '.join(ROW_AXES)}; take 'tensor', or ''")
 
     def mix(x, weights, ids, gate, up, down, *, activation):

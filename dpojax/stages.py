@@ -15,14 +15,15 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import OPTIMIZERS, changed_settings, to_dict
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape
-from dpojax.data.pipeline import PackGroups, make_shape, train_batches
+from dpojax.data.pipeline import PackGroups, StepSizes, make_shape, train_batches
 from dpojax.datasets import Data
 from dpojax.errors import CheckpointError, Interrupted, NumericsError
-from dpojax.flops import TokenFlops, peak_flops, token_flops
+from dpojax.flops import forward_flops, layer_work, peak_flops
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.optim import make_optimizer, make_schedule
-from dpojax.policy import Policy, frozen_layout, initial_params
+from dpojax.models import ModelConfig
+from dpojax.policy import Policy, fitted, frozen_layout, initial_params, kernel_name
 from dpojax.programs import Program
 from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_gradients
 
@@ -36,8 +37,7 @@ class Dispatched(NamedTuple):
     metrics: StepMetrics
     num_pairs: int
     num_tokens: int
-    num_response_tokens: int
-    waste: tuple[float, float]
+    sizes: StepSizes
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class Stage:
     prefix: str  # of its keys in metrics.jsonl
     num_steps: int
     step_program: Program
-    batches: Callable[[int], Iterator[tuple[PackedBatch, tuple[float, float]]]]
+    batches: Callable[[int], Iterator[tuple[PackedBatch, StepSizes]]]
     schedule: Callable[[Any], Any]
     checkpoints: Checkpoints
     meta: dict[str, Any]
@@ -56,13 +56,15 @@ class Stage:
     groups: int  # per step
     epoch_groups: int
     evaluate: Callable[[int, TrainState], None]
-    flops: TokenFlops
+    flops: Callable[[StepSizes], float]  # useful ones of a step
     num_tokens: int = 0  # trained on since step 0
     evaluation_due: bool = True  # before the next step: at step 0, and where a signal came before an evaluation
     pairs: int = 0  # trained on since step 0, without the first step of each process
     seconds: float = 0.0  # that they took
     finished: int = 0  # steps of this process
-    since_log: tuple[float, ...] = (0, 0, 0, 0, 0)  # steps, pairs, tokens, response tokens, seconds
+    since_log: tuple[float, ...] = (0, 0, 0, 0, 0)  # steps, pairs, tokens, useful FLOPs, seconds
+    step_times: list[float] = dataclasses.field(default_factory=list)  # s, of this process's steps but the first
+    work: float = 0.0  # useful FLOPs of these steps
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
@@ -74,7 +76,11 @@ class Stage:
         self.finished += 1
         if self.finished > 1:  # the first step of a process compiles
             self.pairs, self.seconds = self.pairs + done.num_pairs, self.seconds + seconds
-        own = (1, done.num_pairs, done.num_tokens, done.num_response_tokens, seconds)
+        flops = self.flops(done.sizes)
+        if self.finished > 1:
+            self.step_times.append(seconds)
+            self.work += flops
+        own = (1, done.num_pairs, done.num_tokens, flops, seconds)
         self.since_log = tuple(a + b for a, b in zip(self.since_log, own, strict=True))
         self._look_for_trouble(job, done)
         if _is_logged(job, self, done.step):
@@ -85,7 +91,7 @@ class Stage:
     def _log(self, job: Job, done: Dispatched) -> None:
         """Writes a step's means, and the speed since the last logged step."""
         scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
-        steps, pairs, tokens, response_tokens, seconds = self.since_log
+        steps, pairs, tokens, flops, seconds = self.since_log
         rate = (pairs or steps * self.groups) / seconds
         scalars |= {
             "learning_rate": float(self.schedule(done.step - 1 - int(done.metrics.skipped))),
@@ -94,9 +100,10 @@ class Stage:
             "pairs_per_second": rate,
             "tokens_per_second": tokens / seconds,
             "step_time_s": seconds / steps,
-            **self._work(tokens, response_tokens, seconds),
-            "padding/packing": done.waste[0],
-            "padding/rounding": done.waste[1],
+            "tokens_per_second_per_device": tokens / seconds / jax.device_count(),
+            **useful(flops / seconds),
+            "padding/packing": done.sizes.packing,
+            "padding/rounding": done.sizes.rounding,
         }
         job.log.write(done.step, {self.prefix + k: v for k, v in scalars.items()})
         shown = f"{self.name} {done.step}/{self.num_steps}  loss {scalars['loss']:.4f}"
@@ -106,12 +113,12 @@ class Stage:
         left = duration((self.num_steps - done.step) * seconds / steps)
         job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {rate:.1f} {unit}/s  ETA {left}")
 
-    def _work(self, tokens: float, response_tokens: float, seconds: float) -> dict[str, float]:
-        """Useful TFLOP/s of all devices, and the share of what they could do, where that is known."""
-        rate = (tokens * self.flops.token + response_tokens * self.flops.response_token) / seconds
-        peak = peak_flops(jax.devices()[0].device_kind)
-        share = {} if peak is None else {"useful_mfu": rate / (peak * jax.device_count())}
-        return {"useful_tflops": rate / 1e12, **share}
+    def speed(self) -> dict[str, float]:
+        """What the steps of this process took, without the first, which compiles."""
+        if not self.step_times:
+            return {}
+        found = {f"step_time_p{q}_s": float(np.quantile(self.step_times, q / 100)) for q in (50, 99)}
+        return found | useful(self.work / sum(self.step_times))
 
     def _look_for_trouble(self, job: Job, done: Dispatched) -> None:
         """Names the rows of a step that is not finite or spikes; gives up after NON_FINITE_LIMIT non-finite ones in a row."""
@@ -172,6 +179,19 @@ class Stage:
                 return
 
 
+def useful(rate: float) -> dict[str, float]:
+    """Useful TFLOP/s of all devices, and the share of what they could do, where that is known; `rate` in FLOP/s."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    share = {} if peak is None else {"useful_mfu": rate / (peak * jax.device_count())}
+    return {"useful_tflops": rate / 1e12, **share}
+
+
+def step_flops(config: ModelConfig, passes: int) -> Callable[[StepSizes], float]:
+    """Useful FLOPs of a step: 3 passes' worth for a forward and backward pass, 2 where the weights are frozen, 1 more for a
+    live reference."""
+    return lambda sizes: passes * forward_flops(config, sizes.prompts, sizes.responses)
+
+
 def _is_logged(job: Job, stage: Stage, step: int) -> bool:
     return step % job.config.log_every_steps == 0 or step == stage.num_steps
 
@@ -196,12 +216,12 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any
     pending: Dispatched | None = None
     clock = time.monotonic()
     for step in range(start + 1, stage.num_steps + 1):
-        batch, waste = next(batches)
+        batch, sizes = next(batches)
         details = np.bool_(_is_logged(job, stage, step))
         state, metrics = stage.step_program(state, ref_params, job.put(batch), details, base)
         if pending:
             clock = stage.finish(job, pending, clock)
-        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), int(batch.num_response_tokens), waste)
+        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), sizes)
         exit_code = job.stop(step)
         evaluation_due = step % job.config.eval_every_steps == 0 or step == stage.num_steps
         checkpoint_due = step % job.config.checkpoint_every_steps == 0 or step == stage.num_steps
@@ -334,12 +354,18 @@ def packer(job: Job, data: Dataset, index: Index, shape: PackShape, lookup=None)
     return PackGroups(data, index, shape, tuple(sharding.local_shards(job.mesh)), pad, lookup)
 
 
-def batch_shape(job: Job, indexes, groups: int) -> PackShape:
+def batch_shape(job: Job, policy: Policy, indexes, groups: int) -> PackShape:
     """The static shape of the batches of `groups` groups from any of `indexes`."""
     c = job.config.data
+    kernel, _ = kernel_name(job, policy.config, c.layout)
+    layout = c.layout
+    if layout == "auto" and (kernel != "splash" or any(policy.config.windows)):
+        layout = "shared"  # slots are for splash, and no place for windows
     return make_shape(
         indexes,
-        layout=c.layout,
+        layout=layout,
+        work=layer_work(policy.config),
+        bound_groups=kernel == "cudnn",
         num_groups=groups,
         num_shards=sharding.num_shards(job.mesh),
         micro_batch_tokens=c.micro_batch_tokens,
@@ -374,14 +400,15 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
     c = job.config
     assert data.sft is not None and data.sft_index is not None
     groups = min(c.sft.batch_size, len(data.sft_index.rows))
-    shape = batch_shape(job, [data.sft_index], groups)
+    shape = batch_shape(job, policy, [data.sft_index], groups)
+    fit = fitted(job, policy, shape)
     schedule = make_schedule(
         c.sft.schedule, learning_rate=c.sft.learning_rate, warmup_steps=c.sft.warmup_steps, num_steps=c.sft.num_steps
     )
     own_b2 = c.sft.b2 is not None and "b2" in OPTIMIZERS[c.optim.name]
     optim = dataclasses.replace(c.optim, b2=c.sft.b2) if own_b2 else c.optim
     optimizer = make_optimizer(optim, schedule, policy.axes)
-    gradients = sft_gradients(policy.model, chunk=c.model.logps_chunk_tokens)
+    gradients = sft_gradients(fit.model, chunk=c.model.logps_chunk_tokens)
     params = initial_params(job, policy)
     prints = fingerprints(
         job, data.sft, policy, sft=dataclasses.asdict(c.sft), init=checkpoint.digest(checkpoint.checksums(params))
@@ -399,7 +426,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         groups=groups,
         epoch_groups=len(data.sft_index.rows),
         evaluate=lambda step, state: None,
-        flops=token_flops(policy.config, passes=3),
+        flops=step_flops(policy.config, 3),
     )
     if resumable_step(job, stage) == c.sft.num_steps:
         # Complete: the optimizer's state is not needed any more.

@@ -270,7 +270,7 @@ def _groups(loss: Loss, rng: np.random.Generator) -> list[TokenGroup]:
 
 def step_gradients(loss: Loss, *, devices: int, shard_rows: int, two_passes: bool | None = None, groups=None):
     """(mean loss, its gradient as one vector) of a step on so many devices, cut into micro-batches of so many rows."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1, 1), sharding.MESH_AXES)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1, 1, 1), sharding.MESH_AXES)
     made = _groups(loss, np.random.default_rng(5)) if groups is None else groups
     batch, _ = tiny.pack(made, row_tokens=64, shard_rows=shard_rows, num_shards=devices)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -273,7 +273,7 @@ def make_pack(tokenizer, count=40):
     data = Dataset(in_memory("test", rows), RowReader(""), tokenizer, Limits(512, 64))
     index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
     assert not index.bad and not index.dropped
-    shape = make_shape([index], layout="auto", num_groups=8, num_shards=2, micro_batch_tokens=1024, row_tokens=0)
+    shape = make_shape([index], layout="shared", num_groups=8, num_shards=2, micro_batch_tokens=1024, row_tokens=0)
     return PackGroups(data, index, shape, (0, 1), tokenizer.pad_id)
 
 
@@ -324,7 +324,7 @@ def test_fewer_groups_than_a_step_takes_still_fit_its_shape(tokenizer, count):
     rows = [{"prompt": TEXTS[i], "chosen": " a", "rejected": " b"} for i in range(count)]
     data = Dataset(in_memory("few", rows), RowReader(""), tokenizer, Limits(512, 64))
     index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
-    shape = make_shape([index], layout="auto", num_groups=32, num_shards=1, micro_batch_tokens=4096, row_tokens=0)
+    shape = make_shape([index], layout="shared", num_groups=32, num_shards=1, micro_batch_tokens=4096, row_tokens=0)
     pack = PackGroups(data, index, shape, (0,), tokenizer.pad_id)
     options = dict(num_groups=32, seed=0, shuffle=True, start=0, stop=3, workers=0)
     for batch, _ in train_batches(pack, **options):

@@ -15,7 +15,7 @@ from runs import rows, run
 from dpojax import sharding
 from dpojax.checkpoint import checksums
 from dpojax.models import lora, make_decoder, peft, quantise
-from dpojax.models.attention import full_attention
+from dpojax.models.attention import masked
 from dpojax.models.config import ModelConfig
 from dpojax.models.decoder import _map
 from dpojax.objectives import make_loss
@@ -29,7 +29,7 @@ F32 = jnp.dtype("float32")
 
 
 def decoder(config=tiny.CONFIG, **more):
-    plain = dict(attention=full_attention, dtype=F32, param_dtype=F32, remat="none", constrain=lambda x: x)
+    plain = dict(attention=masked(), dtype=F32, param_dtype=F32, remat="none", constrain=lambda x: x)
     return make_decoder(config, **plain, **more)
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpojax.data.packing import plan_step, step_shape, visible, waste
-from dpojax.models.attention import Rows, blocked_attention, full_attention
 from dpojax.objectives import make_loss
 from dpojax.train import make_token_logps_step, micro_batch, preference_sums
 
@@ -83,27 +82,6 @@ def test_a_response_is_isolated_from_everything_but_its_prompt(seed, what):
     before, after = LOGPS(PARAMS, batch), LOGPS(PARAMS, changed)
     a, b = tiny.by_response(batch, before), tiny.by_response(changed, after)
     np.testing.assert_array_equal(a[watched], b[watched])  # exactly: the same program, the same shapes
-
-
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (40, 3.0), (1, None)])
-def test_blocked_attention_equals_the_full_mask_with_gradients(window, softcap):
-    rng = np.random.default_rng(2)
-    made = tiny.groups(rng, 8, responses=3)
-    batch, _ = tiny.pack(made, row_tokens=150)  # 150 is no multiple of the block
-    rows = Rows(*(jnp.asarray(x[0]) for x in (batch.group, batch.branch, batch.positions)))
-    group = rows.group
-    q, k, v = (jnp.asarray(rng.normal(size=(*group.shape, h, 8)), jnp.float32) for h in (4, 2, 2))
-    real = (group > 0)[..., None, None]
-
-    def run(attention):
-        f = lambda q, k, v: jnp.sum(jnp.where(real, jnp.sin(attention(q, k, v, rows, limit, softcap=softcap)), 0.0))
-        return jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v)
-
-    limit = None if window is None else jnp.asarray(window)
-    (a, ga), (b, gb) = run(functools.partial(blocked_attention, block=32, chains=1)), run(full_attention)
-    np.testing.assert_allclose(a, b, rtol=1e-5)
-    for x, y in zip(ga, gb, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6)  # float32 sums in another order
 
 
 def test_the_rule_in_words():

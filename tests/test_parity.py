@@ -88,14 +88,14 @@ def test_transformers_opens_the_export_with_the_same_logits(shared_data, tmp_pat
 
     from dpojax import sharding
     from dpojax.models import hf, make_decoder
-    from dpojax.models.attention import full_attention
+    from dpojax.models.attention import masked
 
     train(shared_data, tmp_path, num_steps=2)
     folder = tmp_path / "export"
     config = hf.read_config(folder)
     model = make_decoder(
         config,
-        attention=full_attention,
+        attention=masked(),
         dtype=jnp.dtype("float32"),
         param_dtype=jnp.dtype("float32"),
         remat="none",

@@ -12,7 +12,7 @@ from dpojax.data.records import Records, open_records
 from dpojax.data.tokens import Limits, load_tokenizer
 from dpojax.data.triples import RowReader
 from dpojax.models import hf, make_decoder
-from dpojax.models.attention import make_attention
+from dpojax.models.attention import blocked
 from dpojax.objectives import make_loss
 from dpojax.train import batch_scores, micro_batch, preference_sums
 
@@ -44,7 +44,7 @@ def stories(request):
         pytest.skip(f"real data is not at {DATA}; set DPOJAX_TEST_DATA")
     config = hf.read_config(folder)
     float32 = jnp.dtype("float32")
-    attention = make_attention("auto", num_shards=1)
+    attention = blocked(block=64, chains=1)
     model = make_decoder(config, attention=attention, dtype=float32, param_dtype=float32, remat="dots", constrain=lambda x: x)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda x: device, jax.eval_shape(model.init, jax.random.key(0)))

@@ -1,5 +1,6 @@
 """The step: token scores against the full softmax, coupled objectives on any cut of the step, moving references, what is logged."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from dpojax.data.packing import TokenPair
+from dpojax.data.packing import TokenPair, visible
 from dpojax.losses import LOG2
 from dpojax.objectives import make_loss
 from dpojax.train import (
@@ -300,12 +301,25 @@ def test_weights_and_labels_of_the_data_reach_the_loss():
 
 
 def test_useful_flops_are_those_of_every_matrix_once_per_token():
-    from dpojax.flops import peak_flops, token_flops
+    from dpojax.flops import forward_flops, peak_flops
 
-    c = tiny.CONFIG
+    c = dataclasses.replace(tiny.CONFIG, windows=(0, 3))
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     layer = attention + 3 * c.hidden_size * c.intermediate_size
-    found = token_flops(c, passes=3)
-    assert found == (6 * c.num_layers * layer, 6 * c.hidden_size * c.vocab_size)
+    rng = np.random.default_rng(0)
+    made = tiny.groups(rng, 6, responses=3, longest=9)
+    # Every visible pair of a query and a key, from the rule itself.
+    batch, _ = tiny.pack(made)
+    i, j = np.indices((batch.tokens.shape[2],) * 2)
+    side = lambda x, axis: np.expand_dims(x, axis)
+    pairs = 0
+    for window in c.windows:
+        args = [side(x, axis) for x in (batch.group, batch.branch) for axis in (3, 2)]
+        distance = side(batch.positions, 3) - side(batch.positions, 2)
+        pairs += int(visible(i, j, *args, distance, window or 10**6).sum())
+    prompts, responses = [len(g.prompt) for g in made], [[len(r) for r in g.responses] for g in made]
+    tokens, scored = sum(prompts) + sum(map(sum, responses)), sum(map(sum, responses))
+    expected = 2 * c.num_layers * layer * tokens + 4 * c.num_heads * c.head_dim * pairs + 2 * c.hidden_size * c.vocab_size * scored
+    assert forward_flops(c, prompts, responses) == expected
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12 and peak_flops("cpu") is None
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpojax.data.packing import PackShape, TokenGroup, TokenPair, pack_step, plan_step, step_shape
 from dpojax.models import ModelConfig, make_decoder
-from dpojax.models.attention import blocked_attention, full_attention
+from dpojax.models.attention import blocked, masked
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -32,10 +32,9 @@ CONFIG = ModelConfig(
 
 
 def model(config=CONFIG, *, full=False, remat="none"):
-    attention = full_attention if full else functools.partial(blocked_attention, block=16, chains=1)
     return make_decoder(
         config,
-        attention=attention,
+        attention=masked() if full else blocked(block=16, chains=1),
         dtype=jnp.dtype("float32"),
         param_dtype=jnp.dtype("float32"),
         remat=remat,
@@ -57,18 +56,28 @@ def groups(rng: np.random.Generator, count: int, *, responses: int = 2, longest:
     return made
 
 
-def pack(made: list[TokenGroup], *, layout="shared", row_tokens=128, shard_rows=2, num_shards=1, num_groups=None, shards=None):
-    """(batch, shape) of one step."""
+def pack(
+    made: list[TokenGroup], *, layout="shared", row_tokens=128, shard_rows=2, num_shards=1, num_groups=None, shards=None, row_groups=0
+):
+    """(batch, shape) of one step. In slots, the prompts' is as long as their longest and what is left over."""
     prompts = [len(g.prompt) for g in made]
     responses = [[len(r) for r in g.responses] for g in made]
+    lanes, slots = max(map(len, responses)), None
     totals = sorted((x + sum(ys) for x, ys in zip(prompts, responses, strict=True)), reverse=True)
+    if layout == "slots":
+        own = max(48, *(y for ys in responses for y in ys))
+        slots = (row_tokens - lanes * own, own)
+        totals = [row_tokens] * len(made)
     shape: PackShape = step_shape(
         layout=layout,
         row_tokens=row_tokens,
         shard_rows=shard_rows,
         num_shards=num_shards,
         num_groups=num_groups or len(made),
-        max_responses=max(map(len, responses)),
+        max_responses=lanes,
+        longest_sequence=max(x + max(ys) for x, ys in zip(prompts, responses, strict=True)),
+        row_groups=row_groups,
+        slots=slots,
         max_pairs=max(len(g.pairs) for g in made),
         longest=totals,
     )

@@ -3,6 +3,9 @@
 A row holds groups one after another, each `[x | y_1 | y_2 | ... | y_K]`: the prompt once, then its
 responses. K = 2 is the DPO triple. Packing is a pure function of one step's groups.
 
+In the layout "slots" a row has 1 + K parts of fixed lengths, [x x' ... | y_1 y_1' ... | y_2 y_2' ...]: the same tokens under the
+same rule in another order, for a kernel with a static mask. In "separate", the oracle, a row is one prompt with one response.
+
 Legend: M micro-batches of a step, A data shards, R rows of a micro-batch over all shards, L row length,
 T scored tokens, S responses and P pairs of one shard's micro-batch.
 """
@@ -93,15 +96,19 @@ class PackedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PackShape:
-    """The static shape of a PackedBatch."""
+    """The static shape of a PackedBatch, and what attention kernels may rely on in it."""
 
-    layout: str  # "shared" or "separate"
+    layout: str  # "shared", "slots" or "separate"
     num_micro: int  # M
     shard_rows: int  # R / A
     num_shards: int  # A
     row_tokens: int  # L
     num_slots: int  # S
     num_pairs: int  # P
+    num_lanes: int = 1  # most responses of a group
+    longest: int = 0  # most tokens of a prompt and one response; 0: as many as a row
+    row_groups: int = 0  # most groups of a row; 0: as many as fit
+    slots: tuple[int, int] | None = None  # tokens of the prompts' and of each response's part of a row, in layout "slots"
 
 
 class Segment(NamedTuple):
@@ -119,22 +126,36 @@ class StepPlan(NamedTuple):
     ideal_tokens: int
 
 
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: longest first, each into the fullest row that still holds it."""
+def _best_fit(lengths: Sequence[Sequence[int]], capacity: Sequence[int], most: int) -> list[list[int]]:
+    """Best-fit decreasing: longest first, each into the fullest row that still holds it.
+
+    Args:
+      lengths: tokens of each item in every part of a row.
+      capacity: tokens of every part.
+      most: items of a row; 0: as many as fit.
+    """
     rows: list[list[int]] = []
-    room = np.empty(len(lengths), np.int64)
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        left = room[: len(rows)] - lengths[item]
-        fits = np.flatnonzero(left >= 0)
+    sizes, totals = np.asarray(lengths, np.int64), [sum(x) for x in lengths]
+    room, count = np.empty(sizes.shape, np.int64), np.zeros(len(sizes), np.int64)
+    for item in sorted(range(len(sizes)), key=lambda i: (-totals[i], i)):
+        left = room[: len(rows)] - sizes[item]
+        holds = (left >= 0).all(axis=1)
+        fits = np.flatnonzero(holds & (count[: len(rows)] < most) if most else holds)
         if fits.size:
-            row = int(fits[np.argmin(left[fits])])
+            row = int(fits[np.argmin(left[fits].sum(axis=1))])
             rows[row].append(item)
         else:
             row = len(rows)
             rows.append([item])
             room[row] = capacity
-        room[row] -= lengths[item]
+        room[row] -= sizes[item]
+        count[row] += 1
     return rows
+
+
+def _parts(prompt: int, responses: Sequence[int], shape: PackShape) -> tuple[int, ...]:
+    """A group's tokens in every part of a row: all in one, or its prompt and each response in a slot of its own."""
+    return (prompt + sum(responses),) if shape.slots is None else (prompt, *responses)
 
 
 def plan_step(prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], shape: PackShape) -> StepPlan:
@@ -147,18 +168,21 @@ def plan_step(prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence
     Raises: ValueError if a group is longer than a row, or the step needs more than M micro-batches.
     """
     totals = [x + sum(ys) for x, ys in zip(prompt_lengths, response_lengths, strict=True)]
-    if shape.layout == "shared":
-        longest = max(totals)
-        # A unit is a list of rows that must share a cell, so that a pair is never torn apart.
-        units = [
-            [[Segment(g, tuple(range(len(response_lengths[g])))) for g in row]]
-            for row in (_best_fit(totals, shape.row_tokens) if longest <= shape.row_tokens else [])
-        ]
-    else:
+    if shape.layout == "separate":
         longest = max(x + max(ys) for x, ys in zip(prompt_lengths, response_lengths, strict=True))
+        if longest > shape.row_tokens:
+            raise ValueError(f"a sequence of {longest} tokens does not fit a row of {shape.row_tokens}")
+        # A unit is a list of rows that must share a cell, so that a pair is never torn apart.
         units = [[[Segment(g, (k,))] for k in range(len(ys))] for g, ys in enumerate(response_lengths)]
-    if longest > shape.row_tokens:
-        raise ValueError(f"a group of {longest} tokens does not fit a row of {shape.row_tokens}")
+    else:
+        capacity = (shape.row_tokens,) if shape.slots is None else (shape.slots[0], *[shape.slots[1]] * shape.num_lanes)
+        parts = [_parts(x, ys, shape) for x, ys in zip(prompt_lengths, response_lengths, strict=True)]
+        parts = [p + (0,) * (len(capacity) - len(p)) for p in parts]  # groups with fewer responses than slots
+        for own in parts:
+            if any(n > room for n, room in zip(own, capacity, strict=True)):
+                raise ValueError(f"a group of {' + '.join(map(str, own))} tokens does not fit a row of {capacity}")
+        fitted = _best_fit(parts, capacity, shape.row_groups)
+        units = [[[Segment(g, tuple(range(len(response_lengths[g])))) for g in row]] for row in fitted]
     cells: list[list[list[Segment]]] = [[]]
     for unit in units:
         if len(cells[-1]) + len(unit) > shape.shard_rows:
@@ -181,16 +205,23 @@ def step_shape(
     max_responses: int,
     max_pairs: int,
     longest: Sequence[int],
+    longest_sequence: int = 0,
+    row_groups: int = 0,
+    slots: tuple[int, int] | None = None,
 ) -> PackShape:
     """The smallest static shape that holds every possible step of `num_groups` groups.
 
     Args:
       max_responses, max_pairs: of one group.
-      longest: total tokens of the longest groups of the data, longest first (num_groups of them are used).
+      longest: total tokens of the longest groups of the data, longest first (num_groups of them are used). In slots, the
+        shares of a row's slots that the fullest groups take, summed, times row_tokens.
+      longest_sequence, row_groups, slots: as in PackShape.
     """
-    if layout == "shared":
-        # Best fit leaves no two rows that would fit one: it opens fewer than 2 total / L + 1.
-        rows = min(num_groups, 2 * sum(longest[:num_groups]) // row_tokens + 1)
+    if layout != "separate":
+        # Best fit leaves no two rows that would fit one: it opens fewer than 2 total / L + 1, and as many again for each
+        # full count of groups.
+        full = 2 * num_groups // row_groups + 1 if row_groups else 0
+        rows = min(num_groups, 2 * sum(longest[:num_groups]) // row_tokens + 1 + full)
         cells = -(-rows // shard_rows)
     else:
         shard_rows = -(-shard_rows // max_responses) * max_responses
@@ -203,6 +234,10 @@ def step_shape(
         row_tokens=row_tokens,
         num_slots=num_groups * max_responses,
         num_pairs=max(1, num_groups * max_pairs),
+        num_lanes=max_responses,
+        longest=longest_sequence,
+        row_groups=row_groups,
+        slots=slots,
     )
 
 
@@ -250,7 +285,7 @@ def pack_step(
         for j, shard in enumerate(shards):
             cell_tokens = {name: array[i, j] for name, array in token_arrays.items()}
             cell_scored = {name: array[i, j] for name, array in scored.items()}
-            slots = _fill_rows(cells[shard], get_group, cell_tokens, cell_scored, lengths[i, j], with_ref)
+            slots = _fill_rows(cells[shard], get_group, cell_tokens, cell_scored, lengths[i, j], shape, with_ref)
             for (g, _), slot in slots.items():
                 slot_row[i, j, slot] = get_group(g).row
             _fill_pairs(slots, get_group, {name: array[i, j] for name, array in pair.items()})
@@ -274,18 +309,21 @@ def pack_step(
     )  # pyright: ignore[reportArgumentType]  # numpy arrays until they are put on the devices
 
 
-def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple[int, int], int]:
+def _fill_rows(cell, get_group, tokens, scored, lengths, shape: PackShape, with_ref) -> dict[tuple[int, int], int]:
     """Writes one cell's rows. Returns the response slot of each (group, branch)."""
     slots: dict[tuple[int, int], int] = {}
     end = 0  # of the scored tokens
     for r, row in enumerate(cell):
-        column = 0
+        # Where each branch goes on: all in one part, or each in a slot of its own.
+        part = [0] * (1 + shape.num_lanes) if shape.slots is None else list(range(1 + shape.num_lanes))
+        columns = [0] if shape.slots is None else [0, *(shape.slots[0] + k * shape.slots[1] for k in range(shape.num_lanes))]
         for number, segment in enumerate(row, 1):
             group = get_group(segment.group)
             size = len(group.prompt)
-            last_prompt = r * tokens["tokens"].shape[1] + column + size - 1
+            last_prompt = r * tokens["tokens"].shape[1] + columns[0] + size - 1
             pieces = [(0, group.prompt)] + [(k + 1, group.responses[k]) for k in segment.branches]
             for branch, ids in pieces:
+                column = columns[part[branch]]
                 place = (r, slice(column, column + len(ids)))
                 tokens["tokens"][place] = ids
                 tokens["positions"][place] = np.arange(len(ids)) + (size if branch else 0)
@@ -307,7 +345,7 @@ def _fill_rows(cell, get_group, tokens, scored, lengths, with_ref) -> dict[tuple
                     if with_ref:
                         assert group.ref_logps is not None
                         scored["ref_logps"][here] = group.ref_logps[branch - 1]
-                column += len(ids)
+                columns[part[branch]] += len(ids)
     return slots
 
 

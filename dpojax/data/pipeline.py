@@ -7,7 +7,8 @@ made without the steps before it: resuming is starting at another index, on any 
 import dataclasses
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -17,6 +18,7 @@ from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import (
     PackedBatch,
     PackShape,
+    Segment,
     TokenGroup,
     pack_step,
     plan_step,
@@ -28,9 +30,18 @@ from dpojax.errors import ConfigError, DataError, DpojaxError
 RefLookup = Callable[[int, Sequence[int]], tuple[np.ndarray, ...]]  # (source row, |y_k|) -> cached token log-probs
 
 
+class StepSizes(NamedTuple):
+    """What the host knows of a step's work."""
+
+    packing: float  # tokens of the used rows over the ideal
+    rounding: float  # tokens of all computed rows over those of the used ones
+    prompts: list[int]  # |x| of every group
+    responses: list[list[int]]  # |y_k| of every group
+
+
 @dataclasses.dataclass(frozen=True)
 class PackGroups:
-    """Positions of groups in the index -> one step's PackedBatch and its waste. Picklable."""
+    """Positions of groups in the index -> one step's PackedBatch and its sizes. Picklable."""
 
     data: Dataset
     index: Index
@@ -39,7 +50,7 @@ class PackGroups:
     pad_id: int
     ref_lookup: RefLookup | None = None
 
-    def __call__(self, positions: Sequence[int]) -> tuple[PackedBatch, tuple[float, float]]:
+    def __call__(self, positions: Sequence[int]) -> "tuple[PackedBatch, StepSizes]":
         index = self.index
         prompts = [int(index.prompt_lengths[i]) for i in positions]
         responses = [index.responses(i) for i in positions]
@@ -63,7 +74,7 @@ class PackGroups:
             pad_id=self.pad_id,
             with_ref=self.ref_lookup is not None,
         )
-        return batch, waste(plan, self.shape)
+        return batch, StepSizes(*waste(plan, self.shape), prompts, responses)
 
     def token_group(self, i: int) -> TokenGroup:
         """The tokens of group i, with its mismatched response; DataError if the file changed since it was indexed."""
@@ -110,79 +121,172 @@ def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:
     return batch_size // per_group
 
 
-def choose_row_tokens(
-    totals: Sequence[np.ndarray], *, num_groups: int, num_shards: int, micro_batch_tokens: int, row_tokens: int
-) -> tuple[int, int]:
-    """(row length, rows of a shard's micro-batch) with the least computed tokens on sampled steps.
+class Work(NamedTuple):
+    """What a layer costs on this model, in any unit: how layouts and row lengths are compared."""
 
-    Args:
-      totals: tokens of every group, of each dataset; the first one is sampled, all must fit.
-      num_groups: groups of a step.
-      micro_batch_tokens: most tokens of a micro-batch on a data shard (one row at least).
-      row_tokens: 0 = any multiple of 128 that holds the longest group; else taken as it is.
-    Raises: ConfigError if row_tokens is shorter than the longest group.
-    """
-    longest = int(max(t.max() for t in totals))
-    if row_tokens and row_tokens < longest:
-        raise ConfigError(f"data.row_tokens={row_tokens}: the longest group has {longest} tokens; raise it or lower the limits")
+    token: float = 1.0  # of a token of a row, outside attention
+    pair: float = 0.0  # of a query and a key
+
+
+class Lengths(NamedTuple):
+    """The lengths of a dataset's groups, tokens."""
+
+    prompts: np.ndarray  # [G]
+    responses: list[list[int]]  # of every group
+
+    @classmethod
+    def of(cls, index: Index) -> "Lengths":
+        """Those of an index, mismatched responses included."""
+        return cls(np.asarray(index.prompt_lengths), [index.responses(i) for i in range(len(index.rows))])
+
+    def totals(self) -> np.ndarray:
+        """|x| + |y_1| + ... of every group."""
+        return self.prompts + np.array([sum(ys) for ys in self.responses])
+
+    def sequences(self) -> np.ndarray:
+        """|x| + |y| of every response."""
+        return np.concatenate([x + np.asarray(ys) for x, ys in zip(self.prompts, self.responses, strict=True)])
+
+
+class Steps:
+    """Sampled steps of a dataset, planned on rows of any shape: what a shape would cost."""
+
+    def __init__(self, lengths: Lengths, *, num_groups: int, num_shards: int, work: Work, longest: int, count: int = 12):
+        rng = np.random.default_rng(0)
+        size = len(lengths.prompts)
+        draws = [rng.choice(size, min(num_groups, size), replace=False) for _ in range(count)]
+        self.steps = [([int(lengths.prompts[i]) for i in own], [lengths.responses[i] for i in own]) for own in draws]
+        self.lanes = max(map(len, lengths.responses))
+        self.num_shards, self.work, self.longest = num_shards, work, longest
+
+    def plans(self, row_tokens: int, slots: tuple[int, int] | None = None, row_groups: int = 0) -> list[list[list[Segment]]]:
+        """The rows of every step."""
+        layout = "shared" if slots is None else "slots"
+        shape = PackShape(layout, len(self.steps[0][0]), 1, 1, row_tokens, 0, 0, self.lanes, 0, row_groups, slots)
+        return [[row for (cell,) in plan_step(*step, shape).cells for row in cell] for step in self.steps]
+
+    def cost(self, rows_used: list[int], rows: int, row_tokens: int, slots: tuple[int, int] | None = None) -> float:
+        """What the steps' micro-batches of `rows` rows a shard cost."""
+        if slots is None:
+            band = min(self.longest, row_tokens)
+            pairs = self.lanes * (row_tokens * band - band * band / 2)
+        else:
+            x, y = slots
+            pairs = x * x / 2 + self.lanes * (y * y / 2 + x * y)
+        micro = [-(-used // (self.num_shards * rows)) for used in rows_used]
+        row = row_tokens * self.work.token + pairs * self.work.pair
+        # A micro-batch costs a few tokens on top: adding up its gradient moves 12 bytes a parameter, a token 6 FLOPs.
+        return sum(m * (self.num_shards * rows * row + 32 * self.work.token) for m in micro)
+
+    def best(self, candidates: Iterable[tuple[int, tuple[int, int] | None]], most_tokens: int, row_groups: int = 0):
+        """(cost, row length, rows of a shard's micro-batch, slots) of the cheapest candidate (row length, slots)."""
+        found = []
+        for length, slots in candidates:
+            used = [len(plan) for plan in self.plans(length, slots, row_groups)]
+            for rows in range(1, max(1, most_tokens // length) + 1):
+                found.append((self.cost(used, rows, length, slots), length, rows, slots))
+        return min(found, key=lambda f: f[0])
+
+
+def _row_candidates(longest: int, most_tokens: int, row_tokens: int) -> list[tuple[int, None]]:
+    """The lengths of shared rows that hold every group: multiples of 128, or the one that is asked for."""
     first = -(-longest // 128) * 128
-    candidates = [row_tokens] if row_tokens else range(first, max(first, min(2048, micro_batch_tokens)) + 1, 128)
-    rng = np.random.default_rng(0)
-    steps = [rng.choice(totals[0], min(num_groups, len(totals[0])), replace=False) for _ in range(12)]
-    best = None
-    for length in candidates:
-        rows_used = [_count_rows(step, length) for step in steps]
-        for rows in range(1, max(1, micro_batch_tokens // length) + 1):
-            micro = [-(-used // (num_shards * rows)) for used in rows_used]
-            # A micro-batch costs a few tokens on top: adding up its gradient moves 12 bytes a parameter, a token 6 FLOPs.
-            cost = sum(m * (num_shards * rows * length + 32) for m in micro)
-            if best is None or cost < best[0]:
-                best = (cost, length, rows)
-    assert best is not None
-    return best[1], best[2]
+    lengths = [row_tokens] if row_tokens else range(first, max(first, min(2048, most_tokens)) + 1, 128)
+    return [(n, None) for n in lengths]
 
 
-def _count_rows(totals: np.ndarray, capacity: int) -> int:
-    shape = PackShape("shared", len(totals), 1, 1, capacity, 0, 0)
-    return plan_step([int(t) - 1 for t in totals], [[1]] * len(totals), shape).rows_used
+def _slot_candidates(lengths: Lengths, most_tokens: int, row_tokens: int) -> list[tuple[int, tuple[int, int] | None]]:
+    """Rows of slots that hold every group: multiples of 128 in about the proportion of the data."""
+    lanes = max(map(len, lengths.responses))
+    mean_x, mean_y = lengths.prompts.mean(), np.mean([max(ys) for ys in lengths.responses])
+    least_x = -(-int(lengths.prompts.max()) // 128) * 128
+    least_y = -(-max(max(ys) for ys in lengths.responses) // 128) * 128
+    limit, found = max(most_tokens if not row_tokens else row_tokens, least_x + lanes * least_y), []
+    for y in range(least_y, limit // lanes + 1, 128):
+        middle = round(y * mean_x / mean_y / 128) * 128
+        for x in sorted({max(least_x, middle + d) for d in (-256, -128, 0, 128)}):
+            length = x + lanes * y
+            if length <= min(limit, 4096) and (not row_tokens or length == row_tokens):
+                found.append((length, (x, y)))
+    return found or ([] if row_tokens else [(least_x + lanes * least_y, (least_x, least_y))])
 
 
 def make_shape(
-    indexes: Sequence[Index],
+    indexes: Sequence[Index | Lengths],
     *,
     layout: str,
     num_groups: int,
     num_shards: int,
     micro_batch_tokens: int,
     row_tokens: int,
+    work: Work = Work(),  # noqa: B008  # a constant
+    bound_groups: bool = False,
 ) -> PackShape:
-    """One static shape for the steps of every dataset in `indexes` (training first, then evaluation)."""
-    layout = "shared" if layout == "auto" else layout
-    responses = [np.diff(i.response_offsets) for i in indexes]
-    if layout == "shared":
-        totals = [i.totals() for i in indexes]
-    else:
-        totals = [i.sequence_lengths() for i in indexes]
-    length, rows = choose_row_tokens(
-        totals,
-        num_groups=num_groups,
-        num_shards=num_shards,
-        micro_batch_tokens=micro_batch_tokens,
-        row_tokens=row_tokens,
-    )
+    """One static shape for the steps of every dataset in `indexes` (training first, then evaluation).
+
+    The row length, the rows of a micro-batch and, for "auto", the layout are those of least work on sampled steps of the
+    training data.
+
+    Args:
+      layout: "shared", "slots", "separate"; "auto": slots where they cost less, for groups of two responses, else shared.
+      micro_batch_tokens: most tokens of a micro-batch on a data shard (one row at least).
+      row_tokens: 0 = any multiple of 128 that holds the longest group; else taken as it is.
+      work: what tokens and scores cost.
+      bound_groups: whether a row holds a bounded number of groups, for kernels that give each a place.
+    Raises: ConfigError if row_tokens is shorter than the longest group.
+    """
+    lengths = [i if isinstance(i, Lengths) else Lengths.of(i) for i in indexes]
+    lanes = max(max(map(len, own.responses)) for own in lengths)
+    sequence = int(max(own.sequences().max() for own in lengths))
+    totals = [own.totals() if layout != "separate" else own.sequences() for own in lengths]
+    longest = int(max(t.max() for t in totals))
+    if row_tokens and row_tokens < longest:
+        raise ConfigError(f"data.row_tokens={row_tokens}: the longest group has {longest} tokens; raise it or lower the limits")
+    common = dict(num_groups=num_groups, num_shards=num_shards, work=work, longest=sequence)
+    slots, row_groups = None, 0
     if layout == "separate":
+        length = row_tokens or -(-longest // 128) * 128
         rows = max(1, micro_batch_tokens // length)
+    else:
+        steps = Steps(lengths[0], **common)
+        best = None
+        if layout != "slots":
+            best = steps.best(_row_candidates(longest, micro_batch_tokens, row_tokens), micro_batch_tokens)
+        if layout == "slots" or (layout == "auto" and lanes == 2):
+            union = Lengths(np.concatenate([o.prompts for o in lengths]), [ys for o in lengths for ys in o.responses])
+            other = _slot_candidates(union, micro_batch_tokens, row_tokens)
+            if other:
+                found = Steps(lengths[0], **common, count=4).best(other, micro_batch_tokens)
+                rows_used = [len(plan) for plan in steps.plans(found[1], found[3])]
+                found = (steps.cost(rows_used, *found[2:0:-1], found[3]), *found[1:])
+                best = found if best is None or found[0] < best[0] else best
+        if best is None:
+            raise ConfigError(f"data.row_tokens={row_tokens}: no slots of this length hold the longest prompt and responses; set 0")
+        _, length, rows, slots = best
+        if bound_groups and slots is None:
+            # A sequence has a place of its own in memory: rows of many short groups are left to another row.
+            counts = [len(row) for plan in steps.plans(length) for row in plan]
+            row_groups = int(np.ceil(np.quantile(counts, 0.9)))
     # A step that crosses epochs holds a group twice, and more often where there are fewer groups than it takes.
+    if slots is not None:
+        totals = [
+            np.array([x / slots[0] + sum(ys) / slots[1] for x, ys in zip(o.prompts, o.responses, strict=True)]) * length
+            for o in lengths
+        ]
     repeated = [np.repeat(t, 1 + -(-num_groups // len(t))) for t in totals]
+    pairs = [int(np.diff(i.pair_offsets).max()) for i in indexes if not isinstance(i, Lengths)]
     return step_shape(
-        layout=layout,
+        layout="separate" if layout == "separate" else "shared" if slots is None else "slots",
         row_tokens=length,
         shard_rows=rows,
         num_shards=num_shards,
         num_groups=num_groups,
-        max_responses=max(int(r.max()) for r in responses),
-        max_pairs=max(int(np.diff(i.pair_offsets).max()) for i in indexes),
-        longest=np.sort(np.concatenate(repeated))[::-1].tolist(),
+        max_responses=lanes,
+        max_pairs=max([*pairs, 1]),
+        longest=np.ceil(np.sort(np.concatenate(repeated))[::-1]).astype(int).tolist(),
+        longest_sequence=sequence,
+        row_groups=row_groups,
+        slots=slots,
     )
 
 
@@ -196,7 +300,7 @@ def step_positions(index: Index, *, num_groups: int, seed: int, shuffle: bool) -
 
 def train_batches(
     pack: PackGroups, *, num_groups: int, seed: int, shuffle: bool, start: int, stop: int, workers: int
-) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
+) -> Iterator[tuple[PackedBatch, StepSizes]]:
     """The batches of steps [start, stop), prefetched by threads or by worker processes, in order."""
     steps = step_positions(pack.index, num_groups=num_groups, seed=seed, shuffle=shuffle)[start:stop].map(pack)
     options = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=4)
@@ -230,7 +334,7 @@ def _name_failures(batches: Iterator, start: int) -> Iterator:
         yield batch
 
 
-def eval_batches(pack: PackGroups, *, num_groups: int, count: int) -> Iterator[tuple[PackedBatch, tuple[float, float]]]:
+def eval_batches(pack: PackGroups, *, num_groups: int, count: int) -> Iterator[tuple[PackedBatch, StepSizes]]:
     """The first `count` groups once, in file order; the last batch may be short."""
     steps = grain.MapDataset.range(count).batch(num_groups, batch_fn=list, drop_remainder=False).map(pack)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -5,7 +5,8 @@ Q queries and S keys of one call, N blocks of C tokens. The rule itself is `dpoj
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import visible
 
+NO_WINDOW = 2**30  # larger than any distance
 SAVED = "attention"  # the name under which a remat policy finds what the backward pass needs of the forward pass
 MASKED = -1e30  # exp(MASKED - max) is exactly 0 in float32, and a row without a visible key stays finite
 
@@ -24,6 +26,13 @@ class Rows(NamedTuple):
     group: Int[Array, "R L"]
     branch: Int[Array, "R L"]
     position: Int[Array, "R L"]
+
+
+class Kernel(NamedTuple):
+    """One way to compute the rule."""
+
+    prepare: Callable[[Rows], Any]  # once a pass
+    attend: Callable[..., Array]  # (q, k, v, what `prepare` made, window, softcap=) -> out; q is scaled already
 
 
 def _cap(scores, softcap: float | None):
@@ -57,13 +66,14 @@ def full_attention(q, k, v, rows: Rows, window=None, *, softcap: float | None = 
     return attend(q, k, v, mask, softcap=softcap)
 
 
-class _Blocks(NamedTuple):
-    """What a block of queries may see."""
+class Blocks(NamedTuple):
+    """What a block of queries may see; of rows that were chained and cut into blocks by `prepare_blocks`."""
 
     group: Int[Array, "N R C"]
     branch: Int[Array, "N R C"]
     position: Int[Array, "N R C"]
-    first: Int[Array, "N"]  # the first block with a visible key, over all rows
+    start: Int[Array, "N R C"]  # the first token of each token's group
+    first: Int[Array, "N"] | None  # the first block with a visible key, over all rows; None where layers differ in it
     window: Int[Array, ""] | None
 
 
@@ -73,7 +83,7 @@ def _dot(x, y, x_dim: int, y_dim: int):
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _bias(blocks: _Blocks, i, j, heads: int):
+def _bias(blocks: Blocks, i, j, heads: int):
     """0 where block i's queries see block j's keys, MASKED elsewhere. [R, 1, J C, C]."""
     size = blocks.group.shape[2]
     index = jnp.arange(size)
@@ -87,7 +97,7 @@ def _bias(blocks: _Blocks, i, j, heads: int):
     return jnp.tile(bias, (1, heads, 1))[:, None]
 
 
-def _forward(q, k, v, blocks: _Blocks, softcap):
+def _forward(q, k, v, blocks: Blocks, softcap):
     """Output and log-sum-exp, block of queries by block, keys folded in one block at a time."""
     heads = q.shape[3] // k.shape[3]
 
@@ -111,7 +121,7 @@ def _forward(q, k, v, blocks: _Blocks, softcap):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(
-    q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: _Blocks, softcap
+    q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: Blocks, softcap
 ):
     return _forward(q, k, v, blocks, softcap)[0]
 
@@ -153,16 +163,45 @@ def _blocked_bwd(softcap, residuals, d_out):
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def blocked_attention(
+def prepare_blocks(rows: Rows, *, block: int, chains: int) -> Blocks:
+    """Chains and cuts rows for `attend_blocks`, and finds where every group starts.
+
+    Args:
+      block: C, tokens per block.
+      chains: the rows are chained into this many long rows first (0: they are not), so that no row waits for the
+        longest group that stands at the same place of another.
+    """
+    group, branch, position = rows
+    if chains and group.shape[0] % chains == 0:
+        # Groups are counted anew in each row; in a chain they need different numbers.
+        row = jnp.arange(group.shape[0])[:, None] * group.shape[1]
+        group = jnp.where(group > 0, group + row, 0)
+        group, branch, position = (x.reshape(chains, -1) for x in (group, branch, position))
+    num_rows, length = group.shape
+    index = jnp.broadcast_to(jnp.arange(length), group.shape)
+    at = (jnp.arange(num_rows)[:, None], group)
+    start = jnp.full((num_rows, length + 1), length, jnp.int32).at[at].min(index)[at]
+    start = jnp.where(group > 0, start, index)
+    padding = -length % block
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)))
+        return x.reshape(num_rows, -1, block).transpose(1, 0, 2)
+
+    # Padding behind the rows' end stands for itself, so that its blocks see nothing else.
+    start = jnp.pad(start, ((0, 0), (0, padding)), constant_values=length)
+    start = start.reshape(num_rows, -1, block).transpose(1, 0, 2)
+    return Blocks(split(group), split(branch), split(position), start, None, None)
+
+
+def attend_blocks(
     q: Float[Array, "R L H E"],
     k: Float[Array, "R L K E"],
     v: Float[Array, "R L K E"],
-    rows: Rows,
+    blocks: Blocks,
     window: Int[Array, ""] | None = None,
     *,
     softcap: float | None = None,
-    block: int,
-    chains: int,
 ) -> Float[Array, "R L H E"]:
     """The rule, one block of queries at a time, from the block in which the query's group starts.
 
@@ -171,50 +210,32 @@ def blocked_attention(
 
     Args:
       q: scaled already.
+      blocks: from `prepare_blocks`.
       window: a key is seen only at a distance of positions below it; None: at any.
       softcap: bounds the scores, or None.
-      block: C, tokens per block.
-      chains: the rows are chained into this many long rows first (0: they are not), so that no row waits for the
-        longest group that stands at the same place of another.
     """
-    shape = q.shape
-    group, branch, position = rows
-    if chains and shape[0] % chains == 0:
-        # Groups are counted anew in each row; in a chain they need different numbers.
-        row = jnp.arange(shape[0])[:, None] * shape[1]
-        group = jnp.where(group > 0, group + row, 0)
-        chain = lambda x: x.reshape(chains, -1, *x.shape[2:])
-        q, k, v, group, branch, position = (chain(x) for x in (q, k, v, group, branch, position))
-    num_rows, length, heads, head_dim = q.shape
-    kv_heads, padding = k.shape[2], -length % block
-    count = (length + padding) // block
-    group, branch, position = (jnp.pad(x, ((0, 0), (0, padding))) for x in (group, branch, position))
+    shape, (count, num_rows, block) = q.shape, blocks.group.shape
+    q, k, v = (x.reshape(num_rows, -1, *x.shape[2:]) for x in (q, k, v))
+    _, length, heads, head_dim = q.shape
+    kv_heads, padding = k.shape[2], count * block - length
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     q = q.reshape(num_rows, count, block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
     q = q.reshape(count, num_rows, kv_heads, -1, head_dim)
     k, v = (x.reshape(num_rows, count, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
-    starts = jnp.concatenate([jnp.ones((num_rows, 1), bool), group[:, 1:] != group[:, :-1]], axis=1)
-    index = jnp.broadcast_to(jnp.arange(length + padding), starts.shape)
-    start = jnp.where(group > 0, jax.lax.cummax(jnp.where(starts, index, 0), axis=1), index)
+    start = blocks.start
     if window is not None:  # a token of branch k stands at or behind its group's start + its position
-        start = start + jnp.maximum(0, position - window + 1)
-    split = lambda x: x.reshape(num_rows, count, block).transpose(1, 0, 2)
-    first = split(start).min(axis=(1, 2)) // block
-    out: Array = _blocked(q, k, v, _Blocks(split(group), split(branch), split(position), first, window), softcap)
+        start = start + jnp.maximum(0, blocks.position - window + 1)
+    first = jnp.minimum(start.min(axis=(1, 2)) // block, jnp.arange(count))
+    out: Array = _blocked(q, k, v, blocks._replace(first=first, window=window), softcap)
     out = out.reshape(count, num_rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(num_rows, length + padding, heads, head_dim)[:, :length].reshape(shape)
+    return out.reshape(num_rows, count * block, heads, head_dim)[:, :length].reshape(shape)
 
 
-def make_attention(name: str, *, num_shards: int):
-    """The function (q, k, v, rows, window, softcap=) -> out that `model.attention` names.
+def blocked(*, block: int, chains: int) -> Kernel:
+    """The rule on plain XLA, for any device; arguments as `prepare_blocks`'."""
+    return Kernel(functools.partial(prepare_blocks, block=block, chains=chains), attend_blocks)
 
-    Args:
-      num_shards: data shards, over which the rows are spread.
-    """
-    if name in ("auto", "xla"):
-        # CPUs gain most from skipping; accelerators want larger matrix products, and rows side by side.
-        cpu = jax.default_backend() == "cpu"
-        return functools.partial(blocked_attention, block=64 if cpu else 256, chains=num_shards if cpu else 0)
-    if name == "full":
-        return full_attention
-    raise ValueError(f"model.attention is {name!r}; it must be auto, xla or full")
+
+def masked() -> Kernel:
+    """The oracle: `full_attention`."""
+    return Kernel(lambda rows: rows, full_attention)

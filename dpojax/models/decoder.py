@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from dpojax.models import experts
-from dpojax.models.attention import SAVED, Rows, attend
+from dpojax.models.attention import NO_WINDOW, SAVED, Kernel, Rows, attend
 from dpojax.models.config import ModelConfig
 from dpojax.models.experts import Routing, route, routing_sums
 from dpojax.models.lora import LORA_A, LORA_B, Adapter
@@ -25,13 +26,26 @@ from dpojax.models.table import layer_rows, logical_axes, model_rows
 
 Params = dict[str, Any]
 
-NO_WINDOW = 2**30  # larger than any distance
 _SAVE = jax.checkpoint_policies
+LAYER_INPUT = "layer_input"
+
+
+def _offload(names: list[str]):
+    """Keeps what goes by these names, in the host's memory until the backward pass."""
+    return _SAVE.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
+    )
+
+
 REMAT = {
     "none": None,
     "full": _SAVE.nothing_saveable,
+    "full_offload": _offload([LAYER_INPUT]),
+    # attention alone is kept besides a layer's input: the projections are computed again, the scores are not
+    "attention": _SAVE.save_only_these_names(SAVED),
     # matrix products of the projections, and attention: what is left is cheap to compute again
     "dots": _SAVE.save_from_both_policies(_SAVE.dots_with_no_batch_dims_saveable, _SAVE.save_only_these_names(SAVED)),
+    "dots_offload": _SAVE.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 ACTIVATION = {
@@ -67,7 +81,7 @@ class Context(NamedTuple):
 
     angles: tuple[Array, Array]  # cosine and sine, [R, L, Z] each
     local_angles: tuple[Array, Array] | None  # of windowed layers, where theirs are others
-    where: Any  # training: attention.Rows; decoding: what `decode` knows of the cache
+    where: Any  # training: what the attention's kernel prepared of attention.Rows; decoding: what `decode` knows of the cache
     real: Bool[Array, "R L"]  # tokens that are not padding
 
 
@@ -98,28 +112,29 @@ def _map(w: Params, equation: str, x, name: str, adapter: Adapter | None, key):
     if key is not None:  # inverted dropout of the adapter's input alone
         keep = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), 1 - adapter.dropout, x.shape)
         x = jnp.where(keep, x / (1 - adapter.dropout), 0).astype(x.dtype)
-    low = jnp.einsum(f"{inputs},{into}Z->TZ", x, w[f"{name}{LORA_A}"])
-    return y + adapter.scale * jnp.einsum(f"TZ,Z{matrix.replace(into, '', 1)}->{out}", low, w[f"{name}{LORA_B}"])
+    low = jnp.einsum(f"{inputs},{into}Z->...Z", x, w[f"{name}{LORA_A}"])
+    return y + adapter.scale * jnp.einsum(f"...Z,Z{matrix.replace(into, '', 1)}->{out}", low, w[f"{name}{LORA_B}"])
 
 
 def _attend(w: Params, y, context: Context, window, cache, *, config: ModelConfig, attention, project, norm):
-    """Attention of T normalised tokens: [T, D] -> [T, D], and what `attention` keeps of (k, v)."""
-    q, k, v = (project(f"TD,D{h}E->T{h}E", y, n) for h, n in (("H", "q"), ("K", "k"), ("K", "v")))
+    """Attention of normalised tokens: [..., D] -> [..., D], and what `attention` keeps of (k, v)."""
+    tokens = y.shape[:-1]
+    q, k, v = (project(f"...D,D{h}E->...{h}E", y, n) for h, n in (("H", "q"), ("K", "k"), ("K", "v")))
     if config.qk_norm != "none":
         q, k = norm(q, "q_norm"), norm(k, "k_norm")
     rows = context.real.shape
-    q, k, v = (y.reshape(*rows, *y.shape[1:]) for y in (q, k, v))
+    q, k, v = (y.reshape(*rows, *y.shape[-2:]) for y in (q, k, v))
     if config.positions == "rotary":
         cos, sin = context.angles
         if context.local_angles is not None:
             cos, sin = (jnp.where(window < NO_WINDOW, a, b) for a, b in zip(context.local_angles, (cos, sin), strict=True))
         q, k = (rotate(y, cos, sin, interleaved=config.rope_interleaved) for y in (q, k))
     y, cache = attention(q * config.scale, k, v, context.where, cache, window, softcap=config.attention_softcap)
-    return project("THE,HED->TD", y.reshape(-1, *y.shape[2:]), "o"), cache
+    return project("...HE,HED->...D", y.reshape(*tokens, *y.shape[-2:]), "o"), cache
 
 
 def _mlp(w: Params, y, context: Context, *, config: ModelConfig, project, mix) -> tuple[Array, Routing | None]:
-    """The mlp of T normalised tokens, or their experts; with what the router decided."""
+    """The mlp of normalised tokens [..., D], or the experts of [T, D]; with what the router decided."""
     activation = ACTIVATION[config.activation]
     if config.num_experts:
         probabilities, weights, ids = route(
@@ -127,10 +142,10 @@ def _mlp(w: Params, y, context: Context, *, config: ModelConfig, project, mix) -
         )
         out = mix(y, weights, ids, w["gate"], w["up"], w["down"], activation=activation)
         return out.astype(y.dtype), routing_sums(probabilities, ids, context.real.reshape(-1))
-    hidden = activation(project("TD,DF->TF", y, "gate" if config.mlp == "gated" else "up"))
+    hidden = activation(project("...D,DF->...F", y, "gate" if config.mlp == "gated" else "up"))
     if config.mlp == "gated":
-        hidden = hidden * project("TD,DF->TF", y, "up")
-    return project("TF,FD->TD", hidden, "down"), None
+        hidden = hidden * project("...D,DF->...F", y, "up")
+    return project("...F,FD->...D", hidden, "down"), None
 
 
 def block(w: Params, x: Float[Array, "R L D"], context: Context, window, cache, key, *, config: ModelConfig, parts: "Parts"):
@@ -148,9 +163,10 @@ def block(w: Params, x: Float[Array, "R L D"], context: Context, window, cache, 
     project = lambda equation, x, name: _map(w, equation, x, name, parts.adapter, key)
     attend = functools.partial(_attend, w, config=config, attention=parts.attention, project=project, norm=norm)
     mlp = functools.partial(_mlp, w, context=context, config=config, project=project, mix=parts.mix)
-    # Projections run on T = R L flat tokens: one large matrix product each, which CPUs need to be fast.
     rows = x.shape[:2]
-    x = x.reshape(-1, config.hidden_size)
+    if parts.flat:
+        # Projections run on T = R L flat tokens: one large matrix product each, which CPUs need to be fast.
+        x = x.reshape(-1, config.hidden_size)
     before, after = config.norm_placement != "post", config.norm_placement != "pre"
     normed = norm(x, "attention_norm") if before else x
     y, cache = attend(normed, context, window, cache)
@@ -170,6 +186,7 @@ class Parts(NamedTuple):
     mix: Callable  # of experts
     constrain: Callable
     adapter: Adapter | None
+    flat: bool = True  # False: rows and their tokens are dimensions of their own, where both are split over a mesh
 
 
 class _Rows(nn.Module):
@@ -203,6 +220,7 @@ class _Layer(_Rows):
     @nn.compact
     def __call__(self, x, context, key, window, cache):
         w = self.rows(layer_rows(self.config))
+        x = checkpoint_name(x, LAYER_INPUT)
         key = None if key is None else self.make_rng("dropout")
         x, cache, routing = block(w, x, context, window, cache, key, config=self.config, parts=self.parts)
         return self.parts.constrain(x), (cache, routing)
@@ -248,41 +266,51 @@ class _Decoder(_Rows):
 def make_decoder(
     config: ModelConfig,
     *,
-    attention: Callable[..., Array],
+    attention: Kernel,
     dtype: jnp.dtype,
     param_dtype: jnp.dtype,
     remat: str,
     constrain: Callable[[Array], Array],
     mix: Callable[..., Array] = experts.mix,
     adapter: Adapter | None = None,
+    flat: bool = True,
+    constrain_final: Callable[[Array], Array] = lambda x: x,
+    constrain_logits: Callable[[Array], Array] = lambda x: x,
 ) -> Model:
     """Builds the decoder that `config` describes.
 
     Args:
       config: sizes and choices.
-      attention: (q, k, v, rows, window, softcap=) -> out, from `attention.make_attention`.
+      attention: how the rule is computed; one from models/attention.py for any rows, or from models/kernels.py.
       dtype: of the computation; softmax, norms, rotations and log-probs are float32 throughout.
       param_dtype: of the stored (master) parameters.
-      remat: "none", "full" (recompute each layer) or "dots" (keep matrix products and attention).
+      remat: what the backward pass finds: "none" (everything is kept), "dots" (matrix products and attention), "attention",
+        "full" (a layer's input alone); "dots_offload" and "full_offload" keep it in the host's memory.
       constrain: applied to [R, L, D] activations, to keep their rows spread over the mesh.
       mix: `experts.mix`, or the same spread over a mesh.
       adapter: how adapters count that the parameters hold (models/lora.py); None: they hold none.
+      flat: False where a row's tokens are split over the mesh.
+      constrain_final: applied to the final hidden states [R, L, D].
+      constrain_logits: applied to logits [..., V].
     """
     if remat not in REMAT:
         raise ValueError(f"model.remat is {remat!r}; it must be one of {', '.join(REMAT)}")
 
     def apply(params, tokens, positions, where, real, cache, attention, key=None):
-        parts = Parts(attention, mix, constrain, adapter)
+        parts = Parts(attention, mix, constrain, adapter, flat)
         rngs = None if key is None else {"dropout": key}
         decoder = _Decoder(config, dtype, param_dtype, parts, remat)
         found: Any = decoder.apply({"params": params}, tokens, positions, where, real, cache, key, rngs=rngs)
         return found
 
     def train_attention(q, k, v, where, cache, window, *, softcap):
-        return attention(q, k, v, where, window, softcap=softcap), cache
+        return attention.attend(q, k, v, where, window, softcap=softcap), cache
 
     def prefill_attention(q, k, v, where, cache, window, *, softcap):
-        return attention(q, k, v, where, window, softcap=softcap), (k, v)
+        return attention.attend(q, k, v, where, window, softcap=softcap), (k, v)
+
+    def no_attention(q, k, v, where, cache, window, *, softcap):  # while parameters are made
+        return q, cache
 
     def decode_attention(q, k, v, where, cache, window, *, softcap):
         index, valid, position = where
@@ -295,18 +323,18 @@ def make_decoder(
 
     def init(key):
         one = jnp.zeros((1, 1), jnp.int32)
-        decoder = _Decoder(config, dtype, param_dtype, Parts(train_attention, experts.mix, lambda x: x, None), "none")
-        return decoder.init(key, one, one, Rows(one, one, one), one > 0, None, None)["params"]
+        decoder = _Decoder(config, dtype, param_dtype, Parts(no_attention, experts.mix, lambda x: x, None), "none")
+        return decoder.init(key, one, one, None, one > 0, None, None)["params"]
 
     def routed(params, tokens, positions, group, branch, key=None):
-        where = Rows(group, branch, positions)
+        where = attention.prepare(Rows(group, branch, positions))
         x, _, routing = apply(params, tokens, positions, where, group > 0, None, train_attention, key)
-        return x, routing
+        return constrain_final(x), routing
 
     def prefill(params, tokens, valid):
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         group = valid.astype(jnp.int32)
-        where = Rows(group, jnp.zeros_like(group), positions)
+        where = attention.prepare(Rows(group, jnp.zeros_like(group), positions))
         return apply(params, tokens, positions, where, valid, None, prefill_attention)[:2]
 
     def decode(params, token, position, index, valid, cache):
@@ -325,7 +353,7 @@ def make_decoder(
         equation = "...D,VD->...V" if config.tie_embeddings else "...D,DV->...V"
         matrix = in_compute(head[head_names[0]], dtype)
         # float32 out: a log-sum-exp over the vocabulary loses too much in bf16
-        logits = jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
+        logits = constrain_logits(jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32))
         if config.head_bias:
             logits = logits + head["unembed_bias"].astype(jnp.float32)
         cap = config.logits_softcap

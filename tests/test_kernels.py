@@ -1,0 +1,196 @@
+"""Every way of computing attention against the one rule: values and gradients, through every layout."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dpojax import sharding
+from dpojax.data.packing import plan_step
+from dpojax.data.pipeline import Lengths, Work, make_shape
+from dpojax.errors import ConfigError
+from dpojax.models import kernels
+from dpojax.models.attention import NO_WINDOW, Rows, blocked, masked
+from dpojax.models.lanes import collect, dense_lanes, one_sequence_each, spread
+
+HEADS = {"grouped": (4, 2), "one key head": (4, 1), "a key head each": (2, 2)}
+
+
+def rows_of(batch) -> Rows:
+    return Rows(*(jnp.asarray(x[0]) for x in (batch.group, batch.branch, batch.positions)))
+
+
+def qkv(rows, heads, *, dtype=jnp.float32, head_dim=8):
+    rng = np.random.default_rng(2)
+    return tuple(jnp.asarray(rng.normal(size=(*rows.group.shape, h, head_dim)), dtype) for h in (heads[0], heads[1], heads[1]))
+
+
+def value_and_gradients(kernel, rows, inputs, *, window=None, softcap=None):
+    """The attention output of every real token, and the gradients of a function of it."""
+    real = (rows.group > 0)[..., None, None]
+    limit = None if window is None else jnp.asarray(window, jnp.int32)
+
+    @jax.jit
+    def run(q, k, v):
+        def f(q, k, v):
+            out = kernel.attend(q, k, v, kernel.prepare(rows), limit, softcap=softcap).astype(jnp.float32)
+            out = jnp.where(real, out, 0.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), grads = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return out, *grads
+
+    return [np.asarray(x, np.float32) for x in run(*inputs)]
+
+
+def assert_equal_to_the_rule(kernel, rows, inputs, *, atol=3e-6, **options):
+    for a, b in zip(
+        value_and_gradients(kernel, rows, inputs, **options), value_and_gradients(masked(), rows, inputs, **options), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (40, 3.0), (1, None)])
+@pytest.mark.parametrize("layout", ["shared", "slots", "separate"])
+def test_blocks_equal_the_rule(layout, window, softcap):
+    made = tiny.groups(np.random.default_rng(2), 8, responses=3)
+    batch, _ = tiny.pack(made, layout=layout, row_tokens=190)  # 190 is no multiple of the block
+    rows = rows_of(batch)
+    assert_equal_to_the_rule(blocked(block=32, chains=1), rows, qkv(rows, (4, 2)), window=window, softcap=softcap)
+    assert_equal_to_the_rule(blocked(block=32, chains=0), rows, qkv(rows, (4, 2)), window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 4.0)])
+@pytest.mark.parametrize("responses", [1, 2, 3])
+def test_splash_lanes_equal_the_rule(heads, window, softcap, responses):
+    if (heads != (4, 2) and (window or softcap)) or (responses == 1 and heads != (4, 2)):
+        pytest.skip("interpreted kernels are slow: one thing at a time")
+    made = tiny.groups(np.random.default_rng(3), 7, responses=responses)
+    batch, shape = tiny.pack(made, row_tokens=200)
+    rows = rows_of(batch)
+    windows = () if window is None else (0, window, window)
+    kernel = kernels.splash_lanes(shape, windows, interpret=True)
+    assert_equal_to_the_rule(kernel, rows, qkv(rows, heads), window=window, softcap=softcap)
+    if window is not None:  # the layers of a scan share one program
+        assert_equal_to_the_rule(kernel, rows, qkv(rows, heads), window=NO_WINDOW, softcap=softcap)
+
+
+@pytest.mark.parametrize("responses", [2, 3])
+def test_splash_slots_equal_the_rule(responses):
+    made = tiny.groups(np.random.default_rng(4), 9, responses=responses)
+    batch, shape = tiny.pack(made, layout="slots", row_tokens=60 + responses * 48)
+    rows = rows_of(batch)
+    assert int(batch.group.max()) > 1
+    assert_equal_to_the_rule(kernels.splash_slots(shape, interpret=True), rows, qkv(rows, (4, 2)))
+
+
+@pytest.mark.parametrize(("window", "heads"), [(None, (4, 2)), (9, (2, 1))])
+@pytest.mark.parametrize("responses", [1, 2, 3])
+def test_sequences_of_their_own_equal_the_rule(window, heads, responses):
+    made = tiny.groups(np.random.default_rng(5), 7, responses=responses)
+    batch, shape = tiny.pack(made, row_tokens=200, row_groups=4)
+    assert int(batch.group.max()) <= 4
+    rows = rows_of(batch)
+    windows = () if window is None else (window, 0)
+    kernel = kernels.cudnn_sequences(shape, windows, implementation="xla")
+    assert_equal_to_the_rule(kernel, rows, qkv(rows, heads), window=window)
+
+
+def test_kernels_in_bfloat16_stay_within_its_rounding():
+    """Stated bound: 2 % of the largest output, and of the largest gradient; the masked softmax itself has as much."""
+    made = tiny.groups(np.random.default_rng(6), 6)
+    for layout in ("shared", "slots"):
+        batch, shape = tiny.pack(made, layout=layout, row_tokens=160)
+        rows = rows_of(batch)
+        exact = value_and_gradients(masked(), rows, qkv(rows, (4, 2)))
+        ways = [kernels.splash_slots(shape, interpret=True)] if layout == "slots" else [
+            kernels.splash_lanes(shape, (), interpret=True),
+            kernels.cudnn_sequences(dataclasses.replace(shape, row_groups=8), (), implementation="xla"),
+            blocked(block=32, chains=1),
+        ]  # fmt: skip
+        for kernel in ways:
+            for a, b in zip(value_and_gradients(kernel, rows, qkv(rows, (4, 2), dtype=jnp.bfloat16)), exact, strict=True):
+                assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+def test_the_transposes_of_the_lanes_gathers_are_their_transposes():
+    made = tiny.groups(np.random.default_rng(7), 6, responses=3)
+    rows = rows_of(tiny.pack(made, row_tokens=160)[0])
+    rng = np.random.default_rng(0)
+    for lanes in (dense_lanes(rows, 3), one_sequence_each(rows, 3, 6, 64)):
+        x = jnp.asarray(rng.normal(size=(*rows.group.shape, 2, 4)), jnp.float32)
+        y = jnp.asarray(rng.normal(size=(*lanes.source.shape, 2, 4)), jnp.float32)
+        for function, at, other in ((spread, x, y), (collect, y, x)):
+            out, pull = jax.vjp(lambda z, f=function, l=lanes: f(z, l), at)
+            np.testing.assert_allclose(jnp.vdot(out, other), jnp.vdot(at, pull(other)[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=1, tensor=1, sequence=4)])
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_kernels_on_a_mesh_equal_the_rule(mesh, name):
+    """Rows over data axes, heads over tensor and sequence axes, fewer key heads than devices."""
+    made = tiny.groups(np.random.default_rng(8), 12)
+    batch, shape = tiny.pack(made, row_tokens=128, shard_rows=1, num_shards=4 if "sequence" not in mesh else 2)
+    rows = rows_of(batch)
+    on = sharding.make_mesh(**mesh)
+    own = kernels.make_kernel(name, tiny.CONFIG, shape, platform="cpu")
+    kernel = kernels.on_mesh(own, on, sharding.ROW_AXES, sharding.attention_axes(on, sharding.RULES))
+    inputs = qkv(rows, (4, 2))
+    constrain = sharding.constrain_rows(on)
+    spread_out = kernel._replace(attend=lambda q, *rest, **options: constrain(kernel.attend(constrain(q), *rest, **options)))
+    assert_equal_to_the_rule(spread_out, rows, inputs)
+
+
+def test_slots_hold_every_group_and_are_chosen_where_they_cost_less():
+    rng = np.random.default_rng(0)
+    draw = lambda low, high: rng.integers(low, high, 500)
+    for prompts, answers, expected in ((draw(200, 500), draw(5, 60), "slots"), (draw(20, 60), draw(100, 500), "shared")):
+        lengths = Lengths(prompts, [[int(a), int(b)] for a, b in zip(answers, answers[::-1], strict=True)])
+        options = dict(num_groups=64, num_shards=1, micro_batch_tokens=4096, row_tokens=0)
+        work = Work(1.0, 0.002)
+        found = make_shape([lengths], layout="auto", work=work, **options)
+        assert found.layout == expected
+        slots = make_shape([lengths], layout="slots", work=work, **options)
+        assert slots.slots is not None and slots.row_tokens == slots.slots[0] + 2 * slots.slots[1]
+        own = rng.choice(500, 64, replace=False)
+        plan = plan_step([int(prompts[i]) for i in own], [lengths.responses[i] for i in own], slots)
+        for row in (row for cells in plan.cells for cell in cells for row in cell):
+            held = [own[s.group] for s in row]
+            assert sum(prompts[i] for i in held) <= slots.slots[0]
+            assert all(sum(lengths.responses[i][k] for i in held) <= slots.slots[1] for k in (0, 1))
+
+
+def test_auto_takes_what_the_device_and_the_model_allow():
+    choose = functools.partial(kernels.choose, "auto", dtype="bfloat16", layout="auto")
+    plain, capped = tiny.CONFIG, dataclasses.replace(tiny.CONFIG, attention_softcap=50.0)
+    assert choose(plain, platform="tpu")[0] == "splash" and choose(capped, platform="tpu")[0] == "splash"
+    assert choose(plain, platform="gpu")[0] == "cudnn" and choose(plain, platform="cpu")[0] == "xla"
+    assert choose(capped, platform="gpu") == ("xla", "cuDNN has no soft-capped scores")
+    assert kernels.choose("auto", plain, dtype="float32", layout="auto", platform="gpu")[0] == "xla"
+    with pytest.raises(ConfigError, match="cuDNN runs on NVIDIA GPUs, this is cpu"):
+        kernels.choose("cudnn", plain, dtype="bfloat16", layout="shared", platform="cpu")
+    windowed = dataclasses.replace(tiny.CONFIG, windows=(4, 0))
+    with pytest.raises(ConfigError, match="windows are not distances"):
+        kernels.choose("splash", windowed, dtype="float32", layout="slots", platform="tpu")
+
+
+def test_cudnn_is_lowered_for_gpus(monkeypatch):
+    """The call passes the checks of shapes and dtypes that jax makes before a GPU is needed."""
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name, answer in (("check_cudnn_version", 91500), ("check_compute_capability", True)):
+        if not hasattr(private, name):
+            pytest.skip("this jax asks for the GPU elsewhere")
+        monkeypatch.setattr(private, name, lambda *args, answer=answer: answer)
+    made = tiny.groups(np.random.default_rng(9), 5)
+    batch, shape = tiny.pack(made, row_tokens=160, row_groups=4)
+    rows = rows_of(batch)
+    kernel = kernels.cudnn_sequences(shape, ())
+    q, k, v = qkv(rows, (4, 2), dtype=jnp.bfloat16, head_dim=64)
+    f = lambda q, k, v: jnp.sum(kernel.attend(q, k, v, kernel.prepare(rows)).astype(jnp.float32))
+    text = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" in text and "PADDING_CAUSAL" in text
