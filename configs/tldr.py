@@ -72,6 +72,7 @@ def default() -> ConfigDict:
     c.model.logps_chunk_tokens = 256  # logits exist for this many tokens at a time
     c.model.router_loss_weight = 0.0  # of a mixture of experts' load-balancing loss
     c.model.ignore_fields = ""  # fields of model.init's config.json that are known not to matter, comma-separated
+    c.model.shape = ""  # a config.json, or its folder: the model of random weights, in place of the sizes below
     # Sizes of random weights; model.init brings its own.
     c.model.hidden_size = 128
     c.model.intermediate_size = 352

@@ -74,6 +74,7 @@ class ModelSection:
     logps_chunk_tokens: int
     router_loss_weight: float  # of the load-balancing loss of a mixture of experts; 0 = none
     ignore_fields: str  # comma-separated fields of config.json that are known not to matter
+    shape: str  # a config.json, or its folder: the model of random weights, in place of the sizes below
     hidden_size: int | None
     intermediate_size: int | None
     num_layers: int | None
@@ -383,7 +384,7 @@ def _validate(config: Config) -> None:
     _validate_optimizer(config.optim)
     std = config.model.init_std
     _require(std is None or (math.isfinite(std) and std > 0), "model.init_std", std, "a finite number > 0")
-    if not config.model.init:
+    if not config.model.init and not config.model.shape:
         for size in SIZES:
             value = getattr(config.model, size)
             _require(value is not None, f"model.{size}", value, "set, as model.init is '' (random weights)")
@@ -455,14 +456,19 @@ def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset
     """
     tree = json.loads(values.to_json_best_effort()) if isinstance(values, ml_collections.ConfigDict) else values
     model = tree.get("model") if isinstance(tree, dict) else None
-    if isinstance(model, dict) and model.get("init"):
+    defines = next((k for k in ("init", "shape") if isinstance(model, dict) and model.get(k)), None)
+    if isinstance(model, dict) and defines:
+        if defines == "init" and "model.shape" in overridden and model.get("shape"):
+            raise ConfigError(f"model.shape is {model['shape']!r} while model.init is {model['init']!r}; drop one of the two")
         for size in SIZES:
             if f"model.{size}" in overridden:
                 raise ConfigError(
-                    f"model.{size} is {model.get(size)!r} while model.init is {model['init']!r}, "
+                    f"model.{size} is {model.get(size)!r} while model.{defines} is {model[defines]!r}, "
                     "which defines it; drop one of the two"
                 )
             model[size] = None
+        if defines == "init":
+            model["shape"] = ""
     config = _from_dict(Config, tree, "")
     if config.sft.num_steps == -1:
         steps = 0 if config.model.init else config.sft.steps_from_random

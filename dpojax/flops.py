@@ -25,11 +25,16 @@ PEAK = {
 }
 
 
-def layer_work(config: ModelConfig) -> Work:
+# FLOPs that a device does while it moves a byte, about: what a micro-batch's gradient costs beside its tokens.
+_FLOPS_PER_BYTE = {"cpu": 16, "tpu": 300}
+
+
+def layer_work(config: ModelConfig, platform: str = "cpu") -> Work:
     """FLOPs of one layer's forward pass: of a token through its matrices, and of a query and a key that see each other."""
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0  # of its experts that a token meets
     matrices = sum(math.prod(row.shape) * (share if row.experts else 1) for row in layer_rows(config) if row.in_dims)
-    return Work(token=2.0 * matrices, pair=4.0 * config.num_heads * config.head_dim)
+    micro_batch = 2.0 * _FLOPS_PER_BYTE.get(platform, 150)  # 12 bytes a parameter, where a token takes 6 FLOPs
+    return Work(token=2.0 * matrices, pair=4.0 * config.num_heads * config.head_dim, micro_batch=micro_batch)
 
 
 def visible_pairs(prompt: int, responses: Sequence[int], window: int) -> int:

@@ -16,7 +16,7 @@ from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
 from dpojax.models.quantise import store_as
 from dpojax.models.table import num_params
-from dpojax.weights import Weights, ignored_fields, open_weights
+from dpojax.weights import Weights, ignored_fields, open_weights, read_shape
 
 
 class Policy(NamedTuple):
@@ -36,6 +36,8 @@ def _open_weights(job: Job, data: Data) -> tuple[Weights | None, ModelConfig]:
     if section.init:
         found = open_weights(section.init, ignore=ignored_fields(section.ignore_fields))
         return found, found.config
+    if section.shape:
+        return None, read_shape(section.shape, ignore=ignored_fields(section.ignore_fields))
     assert data.tokenizer is not None
     try:
         return None, ModelConfig(vocab_size=data.tokenizer.vocab_size, **{s: getattr(section, s) for s in SIZES})
@@ -63,15 +65,20 @@ def open_policy(job: Job, data: Data) -> Policy:
     check_positions(config, longest, "data.max_prompt_tokens or data.max_response_tokens")
     if longest > config.max_positions:
         job.say(f"warning: prompt and response reach {longest} tokens, the model was made for {config.max_positions} positions")
-    model = build_model(job, config)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = sharding.param_shardings(abstract, model.axes, job.mesh, job.config.mesh.rules)
     kind = config.family if weights is not None else "random weights"
     job.say(
         f"model: {num_params(config) / 1e6:,.2f}M parameters ({kind}), {section.dtype} compute, {section.param_dtype} stored"
     )
     if section.router_loss_weight and not config.num_experts:
         raise ConfigError(f"model.router_loss_weight is {section.router_loss_weight}; the model has no experts")
+    return describe(job, config, weights)
+
+
+def describe(job: Job, config: ModelConfig, weights: Weights | None = None) -> Policy:
+    """The policy of this architecture, on the job's mesh."""
+    model = build_model(job, config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(abstract, model.axes, job.mesh, job.config.mesh.rules)
     return Policy(model, config, abstract, shardings, model.axes, weights)
 
 

@@ -24,12 +24,16 @@ class Program:
             except TypeError:  # the arguments' shapes or dtypes changed
                 pass
         start = time.monotonic()
-        self._executable = self._jitted.lower(*args).compile()
+        self._executable = self.compile(*args)
         self.compiled += 1
         self.seconds += time.monotonic() - start
         if self.enabled:
             say(f"compiled {self.name} in {duration(time.monotonic() - start)}{self._memory()}")
         return self._executable(*args)
+
+    def compile(self, *args) -> Any:
+        """The executable for these arguments, arrays or ShapeDtypeStructs."""
+        return self._jitted.lower(*args).compile()
 
     def _memory(self) -> str:
         analysis = self._executable.memory_analysis()

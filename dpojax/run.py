@@ -23,7 +23,6 @@ from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
-from dpojax.optim import make_optimizer, make_schedule
 from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
 from dpojax.stages import (
     Stage,
@@ -33,12 +32,14 @@ from dpojax.stages import (
     origin,
     packer,
     params_before_dpo,
+    preference_passes,
+    preference_program,
+    preference_schedule,
     start_state,
     step_flops,
-    train_program,
     train_stage,
 )
-from dpojax.train import Balance, TrainState, make_eval_step, make_token_logps_step, preference_gradients
+from dpojax.train import TrainState, make_eval_step, make_token_logps_step
 
 
 def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
@@ -187,18 +188,8 @@ def _dpo_stage(
     """The preference stage and its optimizer."""
     c = job.config
     loss = c.loss.make()
-    schedule = make_schedule(
-        c.optim.schedule, learning_rate=c.optim.learning_rate, warmup_steps=c.optim.warmup_steps, num_steps=c.num_steps
-    )
-    optimizer = make_optimizer(c.optim, schedule, policy.axes)
-    weight = c.model.router_loss_weight
-    gradients = preference_gradients(
-        policy.model,
-        loss,
-        chunk=c.model.logps_chunk_tokens,
-        balance=Balance(weight, policy.config.num_layers) if weight else None,
-        dropout_seed=c.seed if c.lora.rank and c.lora.dropout else None,
-    )
+    schedule = preference_schedule(c)
+    program, optimizer = preference_program(job, policy)
     adapter = {}
     if c.lora.rank:
         adapter = {
@@ -222,7 +213,7 @@ def _dpo_stage(
         name="DPO",
         prefix="",
         num_steps=c.num_steps,
-        step_program=train_program(job, "dpo_step", policy, optimizer, gradients, moving=loss.moving),
+        step_program=program,
         batches=batches,
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep),
@@ -233,7 +224,7 @@ def _dpo_stage(
         groups=groups,
         epoch_groups=len(data.train_index.rows),
         evaluate=lambda step, state: None,
-        flops=step_flops(policy.config, (2 if c.lora.rank else 3) + (resolved_mode(c) in ("live", "adapter"))),
+        flops=step_flops(policy.config, preference_passes(c)),
     )
     return stage, optimizer
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +12,28 @@ import numpy as np
 
 from dpojax import checkpoint, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import OPTIMIZERS, changed_settings, to_dict
+from dpojax.config import OPTIMIZERS, Config, changed_settings, resolved_mode, to_dict
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape
-from dpojax.data.pipeline import PackGroups, StepSizes, make_shape, train_batches
+from dpojax.data.pipeline import Lengths, PackGroups, StepSizes, make_shape, train_batches
 from dpojax.datasets import Data
 from dpojax.errors import CheckpointError, Interrupted, NumericsError
 from dpojax.flops import forward_flops, layer_work, peak_flops
 from dpojax.job import Job
 from dpojax.metrics import duration
-from dpojax.optim import make_optimizer, make_schedule
 from dpojax.models import ModelConfig
+from dpojax.optim import make_optimizer, make_schedule
 from dpojax.policy import Policy, fitted, frozen_layout, initial_params, kernel_name
 from dpojax.programs import Program
-from dpojax.train import StepMetrics, TrainState, make_train_step, new_state, sft_gradients
+from dpojax.train import (
+    Balance,
+    StepMetrics,
+    TrainState,
+    make_train_step,
+    new_state,
+    preference_gradients,
+    sft_gradients,
+)
 
 NON_FINITE_LIMIT = 3  # non-finite steps in a row that end the run
 
@@ -188,7 +196,8 @@ def useful(rate: float) -> dict[str, float]:
 
 def step_flops(config: ModelConfig, passes: int) -> Callable[[StepSizes], float]:
     """Useful FLOPs of a step: 3 passes' worth for a forward and backward pass, 2 where the weights are frozen, 1 more for a
-    live reference."""
+    live reference.
+    """
     return lambda sizes: passes * forward_flops(config, sizes.prompts, sizes.responses)
 
 
@@ -354,8 +363,8 @@ def packer(job: Job, data: Dataset, index: Index, shape: PackShape, lookup=None)
     return PackGroups(data, index, shape, tuple(sharding.local_shards(job.mesh)), pad, lookup)
 
 
-def batch_shape(job: Job, policy: Policy, indexes, groups: int) -> PackShape:
-    """The static shape of the batches of `groups` groups from any of `indexes`."""
+def batch_shape(job: Job, policy: Policy, indexes: Sequence[Index | Lengths], groups: int) -> PackShape:
+    """The static shape of the batches of `groups` groups from any of `indexes`, or from data of such lengths."""
     c = job.config.data
     kernel, _ = kernel_name(job, policy.config, c.layout)
     layout = c.layout
@@ -364,7 +373,7 @@ def batch_shape(job: Job, policy: Policy, indexes, groups: int) -> PackShape:
     return make_shape(
         indexes,
         layout=layout,
-        work=layer_work(policy.config),
+        work=layer_work(policy.config, job.mesh.devices.flat[0].platform),
         bound_groups=kernel == "cudnn",
         num_groups=groups,
         num_shards=sharding.num_shards(job.mesh),
@@ -390,6 +399,34 @@ def train_program(job: Job, name: str, policy: Policy, optimizer, gradients, *, 
     )
     _, state = state_layout(job, policy, optimizer, moving=moving is not None)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
+
+
+# --- the preference stage ---------------------------------------------------------------------------------------------
+
+
+def preference_schedule(config: Config):
+    """The learning rate of the preference stage."""
+    c = config.optim
+    return make_schedule(c.schedule, learning_rate=c.learning_rate, warmup_steps=c.warmup_steps, num_steps=config.num_steps)
+
+
+def preference_passes(config: Config) -> int:
+    """Useful forward passes' worth of work of a step: see `step_flops`."""
+    return (2 if config.lora.rank else 3) + (resolved_mode(config) in ("live", "adapter"))
+
+
+def preference_program(job: Job, policy: Policy) -> tuple[Program, Any]:
+    """The step of the preference stage, and its optimizer; `policy` is fitted to the rows, and adapted under LoRA."""
+    c, weight = job.config, job.config.model.router_loss_weight
+    loss, optimizer = c.loss.make(), make_optimizer(c.optim, preference_schedule(c), policy.axes)
+    gradients = preference_gradients(
+        policy.model,
+        loss,
+        chunk=c.model.logps_chunk_tokens,
+        balance=Balance(weight, policy.config.num_layers) if weight else None,
+        dropout_seed=c.seed if c.lora.rank and c.lora.dropout else None,
+    )
+    return train_program(job, "dpo_step", policy, optimizer, gradients, moving=loss.moving), optimizer
 
 
 # --- SFT --------------------------------------------------------------------------------------------------------------

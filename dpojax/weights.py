@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.checkpoint import Checkpoints, newest_step
+from dpojax.data.records import read_object
 from dpojax.data.tokens import COMPANIONS
 from dpojax.errors import ConfigError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
@@ -34,6 +35,15 @@ class Weights(NamedTuple):
 def ignored_fields(names: str) -> frozenset[str]:
     """Comma-separated names of fields, as model.ignore_fields and --ignore_fields give them."""
     return frozenset(n.strip() for n in names.split(",") if n.strip())
+
+
+def read_shape(path: str, *, ignore: Collection[str] = ()) -> ModelConfig:
+    """The model that a config.json, or the one in a folder, describes. Raises: ConfigError if there is none."""
+    place = pathlib.Path(path)
+    file = place / "config.json" if "\0" not in path and place.is_dir() else place
+    if "\0" in path or not file.is_file():
+        raise ConfigError(f"model.shape={path!r}: there is no config.json")
+    return model_config(read_object(file), file, ignore)
 
 
 def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -109,6 +110,26 @@ class PackShape:
     longest: int = 0  # most tokens of a prompt and one response; 0: as many as a row
     row_groups: int = 0  # most groups of a row; 0: as many as fit
     slots: tuple[int, int] | None = None  # tokens of the prompts' and of each response's part of a row, in layout "slots"
+
+
+def abstract_batch(shape: PackShape, *, with_ref: bool) -> PackedBatch:
+    """The ShapeDtypeStructs of a global batch: what `pack_step` makes, of all shards together."""
+    m, a, rows = shape.num_micro, shape.num_shards, shape.num_shards * shape.shard_rows
+    scored = shape.shard_rows * shape.row_tokens
+    sizes = {"L": (m, rows, shape.row_tokens), "T": (m, a, scored), "P": (m, a, shape.num_pairs), "S": (m, a, shape.num_slots)}
+    kinds = {
+        "L": {"tokens": np.int32, "positions": np.int32, "group": np.int32, "branch": np.int32},
+        "T": {"predictor": np.int32, "target": np.int32, "slot": np.int32, "weight": np.float32, "ref_logps": np.float32},
+        "P": {"chosen": np.int32, "rejected": np.int32, "pair_weight": np.float32, "soft_label": np.float32}
+        | {"margin": np.float32, "row_id": np.int32, "valid": np.bool_},
+        "S": {"lengths": np.int32, "slot_row": np.int32},
+    }
+    fields: dict = {k: jax.ShapeDtypeStruct(sizes[s], kind) for s, own in kinds.items() for k, kind in own.items()}
+    if not with_ref:
+        fields["ref_logps"] = None
+    scalars = ("num_micro", "num_pairs", "num_chosen_tokens", "num_response_tokens", "num_tokens")
+    fields |= {k: jax.ShapeDtypeStruct((), np.int32) for k in scalars}
+    return PackedBatch(**fields, num_scored=jax.ShapeDtypeStruct((m,), np.int32))
 
 
 class Segment(NamedTuple):

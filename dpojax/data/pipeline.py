@@ -126,6 +126,7 @@ class Work(NamedTuple):
 
     token: float = 1.0  # of a token of a row, outside attention
     pair: float = 0.0  # of a query and a key
+    micro_batch: float = 32.0  # of a micro-batch, in tokens: adding up a gradient moves 12 bytes a parameter, a token takes 6 FLOPs
 
 
 class Lengths(NamedTuple):
@@ -175,8 +176,7 @@ class Steps:
             pairs = x * x / 2 + self.lanes * (y * y / 2 + x * y)
         micro = [-(-used // (self.num_shards * rows)) for used in rows_used]
         row = row_tokens * self.work.token + pairs * self.work.pair
-        # A micro-batch costs a few tokens on top: adding up its gradient moves 12 bytes a parameter, a token 6 FLOPs.
-        return sum(m * (self.num_shards * rows * row + 32 * self.work.token) for m in micro)
+        return sum(m * (self.num_shards * rows * row + self.work.micro_batch * self.work.token) for m in micro)
 
     def best(self, candidates: Iterable[tuple[int, tuple[int, int] | None]], most_tokens: int, row_groups: int = 0):
         """(cost, row length, rows of a shard's micro-batch, slots) of the cheapest candidate (row length, slots)."""
@@ -201,7 +201,7 @@ def _slot_candidates(lengths: Lengths, most_tokens: int, row_tokens: int) -> lis
     mean_x, mean_y = lengths.prompts.mean(), np.mean([max(ys) for ys in lengths.responses])
     least_x = -(-int(lengths.prompts.max()) // 128) * 128
     least_y = -(-max(max(ys) for ys in lengths.responses) // 128) * 128
-    limit, found = max(most_tokens if not row_tokens else row_tokens, least_x + lanes * least_y), []
+    limit, found = max(row_tokens or most_tokens, least_x + lanes * least_y), []
     for y in range(least_y, limit // lanes + 1, 128):
         middle = round(y * mean_x / mean_y / 128) * 128
         for x in sorted({max(least_x, middle + d) for d in (-256, -128, 0, 128)}):

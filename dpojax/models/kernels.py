@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
