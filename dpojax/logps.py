@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 Unembed = Callable[[Any, Array], Array]  # (head, hidden [..., D]) -> float32 logits [..., V]
@@ -33,6 +35,34 @@ class Reference(NamedTuple):
 
     head: Any
     hidden: Float[Array, "A U D"]
+
+
+class Spread(NamedTuple):
+    """How the head lies on the mesh: every data shard scores its own tokens with the whole head, gathered once a pass."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]  # over which rows are spread
+    specs: tuple[tuple[str, P], ...]  # name in the head -> its dimensions' mesh axes, out of `axes`
+    cast: Callable[[Any], Any]  # the head in the dtype of the computation, so that half the bytes travel
+
+    def gather(self, head: Any) -> Any:
+        """A device's part -> the whole head, inside shard_map."""
+        return self._each(self.cast(head), lambda x, dim, axes: jax.lax.all_gather(x, axes, axis=dim, tiled=True))
+
+    def scatter(self, grads: Any) -> Any:
+        """The gradients of the whole head on every shard -> a device's part of their sum.
+
+        The sum over axes that a parameter is not split over is taken by shard_map's own transpose.
+        """
+        return self._each(grads, lambda x, dim, axes: jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True))
+
+    def _each(self, tree: Any, move: Callable[[Array, int, tuple[str, ...]], Array]) -> Any:
+        out = dict(tree)
+        for name, spec in self.specs:
+            for dim, axes in enumerate(spec):
+                if axes:
+                    out[name] = move(out[name], dim, (axes,) if isinstance(axes, str) else axes)
+        return out
 
 
 def _is_target(target, vocab_size):
@@ -60,9 +90,43 @@ def _num_chunks(count, size):
     return (count + size - 1) // size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8, 9))
+def scores_by_shard(
+    unembed: Unembed,
+    spread: Spread | None,
+    head: Any,
+    hidden: Float[Array, "A U D"],
+    ref: Reference | None,
+    predictor: Int[Array, "A T"],
+    target: Int[Array, "A T"],
+    count: Int[Array, ""],
+    details: Bool[Array, ""],
+    chunk: int,
+    squares: bool,
+) -> TokenScores:
+    """`token_scores` with every data shard on its own devices, so that nothing travels but the head: once a pass.
+
+    Args:
+      spread: how the head lies on the mesh; None: on one device, or as the compiler sees fit.
+    """
+    if spread is None or set(head) != {name for name, _ in spread.specs}:
+        return token_scores(unembed, None, head, hidden, ref, predictor, target, count, details, chunk, squares)
+    rows, own = P(spread.axes), dict(spread.specs)
+
+    def one(head, hidden, ref, predictor, target, count, details):
+        return token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)
+
+    of_ref = None if ref is None else Reference(jax.tree.map(lambda x: P(), ref.head), rows)
+    specs = (own, rows, of_ref, rows, rows, P(), P())
+    mapped = jax.shard_map(
+        one, mesh=spread.mesh, in_specs=specs, out_specs=rows, axis_names=set(spread.axes), check_vma=False
+    )
+    return mapped(head, hidden, ref, predictor, target, count, details)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 9, 10))
 def token_scores(
     unembed: Unembed,
+    spread: Spread | None,
     head: Any,
     hidden: Float[Array, "A U D"],
     ref: Reference | None,
@@ -80,7 +144,8 @@ def token_scores(
 
     Args:
       unembed: (head, hidden) -> float32 logits.
-      head: parameters of `unembed`.
+      spread: how the head lies on the mesh, inside shard_map; None: it is whole.
+      head: parameters of `unembed`, or a device's part of them.
       hidden: final hidden states of a shard's rows, flattened.
       ref: the reference's head and hidden states, for `kl`; it gets no gradient.
       predictor: which token's hidden state predicts each scored token.
@@ -91,6 +156,7 @@ def token_scores(
       squares: whether to compute `log_sum_sq`.
     """
     target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
+    head = head if spread is None else spread.gather(head)
 
     def body(i, out):
         y, index = _chunk(target, i, chunk), _chunk(predictor, i, chunk)
@@ -122,17 +188,18 @@ def token_scores(
     return jax.tree.map(lambda x: x[:, :size], out)
 
 
-def _token_scores_fwd(unembed, head, hidden, ref, predictor, target, count, details, chunk, squares):
-    scores = token_scores(unembed, head, hidden, ref, predictor, target, count, details, chunk, squares)
+def _token_scores_fwd(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares):
+    scores = token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)
     return scores, (head, hidden, ref, predictor, target, count)
 
 
-def _token_scores_bwd(unembed, chunk, squares, residuals, cotangents):
+def _token_scores_bwd(unembed, spread, chunk, squares, residuals, cotangents):
     del squares
     head, hidden, ref, predictor, target, count = residuals
     target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
     kl_cotangent = None if ref is None else _pad(cotangents.kl, chunk)
     shard = jnp.arange(hidden.shape[0])[:, None]
+    part, head = head, head if spread is None else spread.gather(head)
 
     def body(i, carry):
         d_head, d_hidden = carry
@@ -149,7 +216,8 @@ def _token_scores_bwd(unembed, chunk, squares, residuals, cotangents):
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head, hidden))
     d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
-    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
+    d_head = d_head if spread is None else spread.scatter(d_head)
+    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, part)
     return d_head, d_hidden.astype(hidden.dtype), None, None, None, None, None
 
 
@@ -159,7 +227,7 @@ token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
 def token_logps(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> Float[Array, "A T"]:
     """`token_scores` without anything else."""
     off = jnp.asarray(False)
-    scores: TokenScores = token_scores(unembed, head, hidden, None, predictor, target, count, off, chunk, False)
+    scores: TokenScores = token_scores(unembed, None, head, hidden, None, predictor, target, count, off, chunk, False)
     return scores.logps
 
 

@@ -14,8 +14,9 @@ from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
-from dpojax.models.quantise import store_as
-from dpojax.models.table import num_params
+from dpojax.models.decoder import head_params
+from dpojax.models.quantise import in_compute, store_as
+from dpojax.models.table import model_rows, num_params
 from dpojax.weights import Weights, ignored_fields, open_weights, read_shape
 
 
@@ -141,11 +142,14 @@ def place_decoder(
     split = mesh.shape["sequence"] > 1
     if split and config.num_experts:
         raise ConfigError(f"mesh.sequence={mesh.shape['sequence']}: a mixture of experts takes whole sequences; set it to 1")
+    compute = jnp.dtype(dtype)
+    head = {row.name: (row.shape, row.axes) for row in model_rows(config) if row.name in head_params(config)}
+    cast = lambda tree: {name: in_compute(x, compute) for name, x in tree.items()}
     own = kernels.make_kernel(kernel, config, shape, platform=mesh.devices.flat[0].platform)
-    return make_decoder(
+    model = make_decoder(
         config,
         attention=kernels.on_mesh(own, mesh, sharding.ROW_AXES, sharding.attention_axes(mesh, rules)),
-        dtype=jnp.dtype(dtype),
+        dtype=compute,
         param_dtype=jnp.dtype(param_dtype),
         constrain=sharding.constrain_rows(mesh),
         constrain_final=sharding.constrain_rows(mesh, whole=True),
@@ -154,6 +158,7 @@ def place_decoder(
         flat=not split,
         **options,
     )
+    return model._replace(spread=sharding.head_spread(mesh, head, rules, cast))
 
 
 def adapted(job: Job, policy: Policy) -> Policy:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax.config import MeshConfig
 from dpojax.errors import ConfigError
+from dpojax.logps import Spread
 from dpojax.models import experts
 
 # Logical axis -> mesh axis, where a run's config says nothing else: "" keeps it whole.
@@ -155,13 +156,36 @@ def constrain_rows(mesh: Mesh, *, whole: bool = False):
 
 
 def constrain_logits(mesh: Mesh, rules: Mapping[str, str]):
-    """Spreads the vocabulary of [A, C, V] logits over the devices that share a sequence, which all hold its tokens here."""
+    """Spreads the vocabulary of [A, C, V] logits over the devices that share a sequence, which all hold its tokens here.
+
+    It acts where scores are computed by shard; a sampled token's logits stay as they are.
+    """
     if mesh.shape["sequence"] == 1:
         return lambda x: x
     axes = tuple(dict.fromkeys((*mesh_axes(rules.get("vocab", "")), "sequence")))
     size = math.prod(mesh.shape[a] for a in axes)
-    spread = NamedSharding(mesh, P(ROW_AXES, None, axes))
-    return lambda x: jax.lax.with_sharding_constraint(x, spread) if x.ndim == 3 and x.shape[2] % size == 0 else x
+
+    def constrain(x):
+        here = jax.sharding.get_abstract_mesh()
+        if here.empty or x.shape[-1] % size:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(here, P(*[None] * (x.ndim - 1), axes)))
+
+    return constrain
+
+
+def head_spread(mesh: Mesh, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], rules: Mapping[str, str], cast):
+    """How the head lies on the mesh, for `logps.scores_by_shard`; None on one device.
+
+    Args:
+      shapes: name -> (shape, logical axes) of every parameter of the head.
+      cast: the head in the dtype of the computation.
+    """
+    if mesh.size == 1:
+        return None
+    own = lambda axes: tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if a in ROW_AXES)
+    specs = {name: [own(a) if a else None for a in _spec(*of, mesh, rules)] for name, of in shapes.items()}
+    return Spread(mesh, ROW_AXES, tuple((name, P(*(a or None for a in spec))) for name, spec in specs.items()), cast)
 
 
 def attention_axes(mesh: Mesh, rules: Mapping[str, str]) -> tuple[str, ...]:

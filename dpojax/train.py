@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.data.packing import PackedBatch
-from dpojax.logps import Reference, TokenScores, response_sums, token_scores
+from dpojax.logps import Reference, TokenScores, response_sums, scores_by_shard
 from dpojax.losses import PairInfo, PairLogps, known
 from dpojax.models import Model
 from dpojax.models.experts import Routing, load_balancing_loss
@@ -126,7 +126,7 @@ def routed_scores(
     if ref_params is not None:
         ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)[0]))
     head, where = model.head(params), (mb.predictor, mb.target, mb.num_scored)
-    return token_scores(model.unembed, head, hidden, ref, *where, details, chunk, squares), routing
+    return scores_by_shard(model.unembed, model.spread, head, hidden, ref, *where, details, chunk, squares), routing
 
 
 def batch_scores(model: Model, params, mb: PackedBatch, **options) -> TokenScores:

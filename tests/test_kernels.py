@@ -16,6 +16,8 @@ from dpojax.errors import ConfigError
 from dpojax.models import kernels
 from dpojax.models.attention import NO_WINDOW, Rows, blocked, masked
 from dpojax.models.lanes import collect, dense_lanes, one_sequence_each, spread
+from dpojax.policy import place_decoder
+from dpojax.train import batch_scores, micro_batch
 
 HEADS = {"grouped": (4, 2), "one key head": (4, 1), "a key head each": (2, 2)}
 
@@ -194,3 +196,35 @@ def test_cudnn_is_lowered_for_gpus(monkeypatch):
     f = lambda q, k, v: jnp.sum(kernel.attend(q, k, v, kernel.prepare(rows)).astype(jnp.float32))
     text = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert "cudnn" in text and "PADDING_CAUSAL" in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=2, tensor=1, sequence=4)])
+def test_scores_by_shard_equal_those_of_one_device_with_gradients(mesh, tied):
+    config = dataclasses.replace(tiny.CONFIG, tie_embeddings=tied, vocab_size=64)
+    on = sharding.make_mesh(**mesh)
+    shards = sharding.num_shards(on)
+    made = tiny.groups(np.random.default_rng(8), 12)
+    batch, shape = tiny.pack(made, row_tokens=128, shard_rows=1, num_shards=shards)
+    mb = micro_batch(jax.tree.map(jnp.asarray, batch), 0)
+    plain = tiny.model(config)
+    params = tiny.params(plain)
+    kinds = dict(dtype="float32", param_dtype="float32", remat="full")
+    spread = place_decoder(config, on, sharding.RULES | {"embed": "fsdp,sequence"}, **kinds)
+    assert spread.spread is not None
+
+    def run(model, params):
+        def f(p):
+            found = batch_scores(model, p, mb, chunk=16)
+            return jnp.sum(jnp.where(mb.weight > 0, jnp.sin(found.logps), 0.0)), found.logps
+
+        (_, logps), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+        return np.where(mb.weight > 0, logps, 0), grads
+
+    abstract = jax.eval_shape(lambda: params)
+    placed = jax.device_put(params, sharding.param_shardings(abstract, spread.axes, on, sharding.RULES | {"embed": "fsdp,sequence"}))
+    (a, ga), (b, gb) = run(spread, placed), run(plain, params)
+    np.testing.assert_allclose(a, b, atol=2e-5)
+    norm = np.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(gb)))
+    for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
+        assert np.abs(np.asarray(x) - np.asarray(y)).max() < 1e-5 * norm

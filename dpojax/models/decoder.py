@@ -74,6 +74,7 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[Array, Any]]
     axes: Params  # logical axes of every parameter, shaped like the parameters
     vocab_size: int
+    spread: Any = None  # logps.Spread: how the head lies on a mesh; None: on one device
 
 
 class Context(NamedTuple):
@@ -263,6 +264,11 @@ class _Decoder(_Rows):
         return x, cache, jax.tree.map(lambda x: x.sum(axis=0), routing)
 
 
+def head_params(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the parameters that make logits of hidden states."""
+    return ("embed",) if config.tie_embeddings else ("unembed", "unembed_bias") if config.head_bias else ("unembed",)
+
+
 def make_decoder(
     config: ModelConfig,
     *,
@@ -344,7 +350,7 @@ def make_decoder(
         )
         return x[:, 0], cache
 
-    head_names = ("embed",) if config.tie_embeddings else ("unembed", "unembed_bias") if config.head_bias else ("unembed",)
+    head_names = head_params(config)
 
     def head(params):
         return {name: params[name] for name in head_names}
