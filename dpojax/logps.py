@@ -102,6 +102,7 @@ def scores_by_shard(
     details: Bool[Array, ""],
     chunk: int,
     squares: bool,
+    frozen: bool = False,
 ) -> TokenScores:
     """`token_scores` with every data shard on its own devices, so that nothing travels but the head: once a pass.
 
@@ -109,11 +110,11 @@ def scores_by_shard(
       spread: how the head lies on the mesh; None: on one device, or as the compiler sees fit.
     """
     if spread is None or set(head) != {name for name, _ in spread.specs}:
-        return token_scores(unembed, None, head, hidden, ref, predictor, target, count, details, chunk, squares)
+        return token_scores(unembed, None, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
     rows, own = P(spread.axes), dict(spread.specs)
 
     def one(head, hidden, ref, predictor, target, count, details):
-        return token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)
+        return token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
 
     of_ref = None if ref is None else Reference(jax.tree.map(lambda x: P(), ref.head), rows)
     specs = (own, rows, of_ref, rows, rows, P(), P())
@@ -123,7 +124,7 @@ def scores_by_shard(
     return mapped(head, hidden, ref, predictor, target, count, details)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 9, 10, 11))
 def token_scores(
     unembed: Unembed,
     spread: Spread | None,
@@ -136,6 +137,7 @@ def token_scores(
     details: Bool[Array, ""],
     chunk: int,
     squares: bool,
+    frozen: bool = False,
 ) -> TokenScores:
     """log pi(target | prefix) of every scored token, in nats, and what else is wanted of it.
 
@@ -154,6 +156,7 @@ def token_scores(
       details: whether to compute the details; they are 0 if not.
       chunk: C, tokens per chunk and shard.
       squares: whether to compute `log_sum_sq`.
+      frozen: the head is not trained: its gradient, two thirds of the backward pass's work with logits, is not computed.
     """
     target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
     head = head if spread is None else spread.gather(head)
@@ -188,12 +191,12 @@ def token_scores(
     return jax.tree.map(lambda x: x[:, :size], out)
 
 
-def _token_scores_fwd(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares):
-    scores = token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)
+def _token_scores_fwd(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen):
+    scores = token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
     return scores, (head, hidden, ref, predictor, target, count)
 
 
-def _token_scores_bwd(unembed, spread, chunk, squares, residuals, cotangents):
+def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotangents):
     del squares
     head, hidden, ref, predictor, target, count = residuals
     target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
@@ -204,20 +207,27 @@ def _token_scores_bwd(unembed, spread, chunk, squares, residuals, cotangents):
     def body(i, carry):
         d_head, d_hidden = carry
         index, y, g = (_chunk(x, i, chunk) for x in (predictor, target, cotangent))
-        logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
+        if frozen:
+            logits, pullback = jax.vjp(functools.partial(unembed, head), _gather(hidden, index))
+        else:
+            logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
         p = jax.nn.softmax(logits, axis=-1)
         d_logits = (_is_target(y, logits.shape[-1]) - p) * g[..., None]
         if ref is not None:
             q = jax.nn.softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
             d_logits = d_logits + (p - q) * _chunk(kl_cotangent, i, chunk)[..., None]
-        d_head_chunk, d_hidden_chunk = pullback(d_logits)
-        d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, d_head_chunk)
+        *d_head_chunk, d_hidden_chunk = pullback(d_logits)
+        if not frozen:
+            d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, *d_head_chunk)
         return d_head, d_hidden.at[shard, index].add(d_hidden_chunk.astype(jnp.float32))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head, hidden))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (() if frozen else head, hidden))
     d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
-    d_head = d_head if spread is None else spread.scatter(d_head)
-    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, part)
+    if frozen:
+        d_head = jax.tree.map(jnp.zeros_like, part)
+    else:
+        d_head = d_head if spread is None else spread.scatter(d_head)
+        d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, part)
     return d_head, d_hidden.astype(hidden.dtype), None, None, None, None, None
 
 
@@ -227,7 +237,7 @@ token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
 def token_logps(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> Float[Array, "A T"]:
     """`token_scores` without anything else."""
     off = jnp.asarray(False)
-    scores: TokenScores = token_scores(unembed, None, head, hidden, None, predictor, target, count, off, chunk, False)
+    scores: TokenScores = token_scores(unembed, None, head, hidden, None, predictor, target, count, off, chunk, False, False)
     return scores.logps
 
 

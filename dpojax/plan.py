@@ -40,9 +40,9 @@ from dpojax.flops import forward_flops, layer_work
 from dpojax.job import Job
 from dpojax.metrics import MetricsLog, Progress, duration, say
 from dpojax.models import ModelConfig
-from dpojax.models.table import num_params
-from dpojax.policy import Policy, adapted, describe, fitted, frozen_layout
-from dpojax.stages import batch_shape, preference_passes, preference_program, state_layout
+from dpojax.models.table import layer_rows, num_params
+from dpojax.policy import adapted, describe, fitted, frozen_layout
+from dpojax.stages import batch_shape, describe_rows, preference_passes, preference_program, state_layout
 from dpojax.weights import ignored_fields, open_weights, read_shape
 
 GIB = 2**30
@@ -119,7 +119,7 @@ def planned_model(config: Config) -> ModelConfig:
     raise ConfigError("model.init and model.shape are ''; a plan needs one of them: a folder with a config.json, or the file")
 
 
-class Program(NamedTuple):
+class Prepared(NamedTuple):
     """A step, ready to be compiled, and what it is made of."""
 
     config: Config
@@ -145,7 +145,7 @@ def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
-def prepare(config: Config, topology: Topology, lengths: str) -> Program:
+def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     """The preference step of `config` on the topology's devices, as run.py makes it, from shapes alone."""
     mesh = sharding.config_mesh(
         dataclasses.replace(config.mesh, num_slices=topology.num_slices), topology.devices
@@ -188,4 +188,346 @@ def prepare(config: Config, topology: Topology, lengths: str) -> Program:
     memory["batch"] = device_bytes(batch, batch_shardings)
     details = jax.ShapeDtypeStruct((), np.bool_, sharding=job.replicated)
     arguments = (_placed(state, shardings), ref, _placed(batch, batch_shardings), details, base)
-    return Program(config, model, shape, drawn, mesh, lambda: program.compile(*arguments), memory, host)
+    return Prepared(config, model, shape, drawn, mesh, lambda: program.compile(*arguments), memory, host)
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+# Forward passes that the backward pass does again, by model.remat; attention's kernels compute their scores again anyway.
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "dots_offload": 0.0, "attention": 1.0, "full": 1.0, "full_offload": 1.0}
+
+
+class StepWork(NamedTuple):
+    """What a step needs, on average over sampled steps."""
+
+    micro: float  # micro-batches
+    scored: float  # response tokens of a micro-batch on a device
+    useful: float  # FLOPs of all devices
+    packing: float
+    rounding: float
+    tokens: float  # of the groups, a shared prompt once
+    smallest_batch: int  # pairs from which rounding costs less than 10 %
+
+
+def step_work(program: Prepared) -> StepWork:
+    """The step's work from the lengths that it was planned for."""
+    c, shape = program.config, program.shape
+    longest = int(program.lengths.sequences().max())
+    options = dict(num_shards=shape.num_shards, work=layer_work(program.model), longest=longest)
+    steps = Steps(program.lengths, num_groups=c.batch_size, count=4, **options)
+    per_micro = shape.num_shards * shape.shard_rows
+    if shape.layout == "separate":
+        used = [2 * len(prompts) for prompts, _ in steps.steps]
+    else:
+        used = [len(plan) for plan in steps.plans(shape.row_tokens, shape.slots)]
+    micro = float(np.mean([-(-n // per_micro) for n in used]))
+    tokens = float(np.mean([sum(p) + sum(map(sum, r)) for p, r in steps.steps]))
+    scored = float(np.mean([sum(map(sum, r)) for _, r in steps.steps])) / micro / shape.num_shards
+    forward = float(np.mean([forward_flops(program.model, *own) for own in steps.steps]))
+    rows, rng = float(np.mean(used)) / c.batch_size, np.random.default_rng(0)
+    totals = program.lengths.totals()
+    spread = rows * float(np.std(totals) / np.mean(totals))
+
+    def rounding(batch: int) -> float:
+        drawn = np.maximum(1, rng.normal(batch * rows, spread * math.sqrt(batch), 256))
+        return float(np.mean(np.ceil(np.ceil(drawn) / per_micro) * per_micro / drawn))
+
+    unit = max(8, per_micro // 16)
+    smallest = next((b for b in range(unit, 400 * unit, unit) if rounding(b) < 1.1), 400 * unit)
+    mean_used = float(np.mean(used))
+    return StepWork(
+        micro=micro,
+        scored=scored,
+        useful=preference_passes(c) * forward,
+        packing=mean_used * shape.row_tokens / tokens,
+        rounding=micro * per_micro / mean_used,
+        tokens=tokens,
+        smallest_batch=smallest,
+    )
+
+
+class Roofline(NamedTuple):
+    """Seconds of a step if one thing alone took time. They overlap: the largest is the least that a step can take."""
+
+    compute: float
+    hbm: float
+    ici: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        return ("compute", "HBM", "interconnect")[int(np.argmax(self))]
+
+
+def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip: Chip) -> Roofline:
+    """The step's time on the chip's published figures: what is executed, not only what is useful.
+
+    Compute: every token of every computed row through the layers (with what remat computes again), attention as its kernel
+    computes it, and the vocabulary five times (forward, again in the backward pass, twice for gradients, and the reference).
+    HBM: weights once a pass, inputs and outputs of every matrix product, logits in float32, gradients and the optimizer.
+    Interconnect: the collectives of the compiled program over all links of a chip.
+    """
+    c, m, shape = program.config, program.model, program.shape
+    own, ref = layer_work(m), resolved_mode(c) in ("live", "adapter")
+    back = 1.0 if c.lora.rank else 2.0
+    passes = 1 + RECOMPUTED[c.model.remat] + back + ref
+    split = program.mesh.shape["tensor"] * program.mesh.shape["sequence"]
+    tokens = shape.shard_rows * shape.row_tokens
+    longest = min(shape.longest or shape.row_tokens, shape.row_tokens)
+    if shape.slots is not None:
+        x, y = shape.slots
+        pairs = x * x / 2 + shape.num_lanes * (y * y / 2 + x * y)
+    else:
+        pairs = shape.num_lanes * (shape.row_tokens * longest - longest * longest / 2)
+    attention = shape.shard_rows * pairs * own.pair * (1 + (c.model.remat.startswith("full")) + 2.5 + ref)
+    layers = m.num_layers * (tokens * own.token * passes + attention)
+    head_passes = 2 + back + ref
+    head = 2.0 * m.hidden_size * m.vocab_size * work.scored * head_passes
+    compute = work.micro * (layers + head) / split / chip.peak
+
+    weights = 2.0 * num_params(m) / split * passes
+    width = sum(a + b for a, b in _map_sizes(m))
+    activations = 2.0 * tokens * m.num_layers * width * passes / split
+    logits = 4.0 * work.scored * m.vocab_size * 2 * head_passes / split
+    trained = program.memory["parameters"]
+    hbm = work.micro * (weights * 2 + activations + logits + 3 * trained) + 2 * (trained + program.memory["optimizer"])
+    return Roofline(compute, hbm / chip.bandwidth, sum(t.sent for t in traffic) / chip.links)
+
+
+def _map_sizes(model: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(inputs, outputs) of every linear map that a token meets in a layer."""
+    for row in layer_rows(model):
+        if row.in_dims:
+            ins, outs = row.map_shape
+            times = model.experts_per_token if row.experts else 1
+            yield times * math.prod(ins), times * math.prod(outs)
+
+
+class Plan(NamedTuple):
+    """What was found."""
+
+    topology: str
+    devices: int
+    seconds_to_compile: float
+    hbm_gib: float  # peak on a device
+    available_gib: float
+    categories_gib: dict[str, float]
+    host_gib: float  # per device
+    traffic: list[Traffic]
+    work: StepWork
+    roofline: Roofline
+    useful_mfu: float  # at the roofline
+    layout: str
+
+
+def make_plan(config: Config, topology: Topology, lengths: str) -> Plan:
+    """Compiles the step for the topology. Raises: FitError where it needs more memory than a device has."""
+    program = prepare(config, topology, lengths)
+    work = step_work(program)
+    start = time.monotonic()
+    try:
+        compiled = program.lower()
+    except jax.errors.JaxRuntimeError as error:
+        raise _not_fitting(error, program, topology) from error
+    seconds = time.monotonic() - start
+    found: Any = compiled.memory_analysis()
+    temporary = found.temp_size_in_bytes + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+    given = sum(program.memory.values())
+    categories = {**program.memory, "temporary": float(temporary), "program": float(found.generated_code_size_in_bytes)}
+    peak = given + temporary + found.generated_code_size_in_bytes
+    chunks = max(1.0, work.scored / config.model.logps_chunk_tokens)
+    traffic = collective_traffic(compiled.as_text(), trips=(work.micro, chunks))
+    times = roofline(program, work, traffic, topology.chip)
+    plan = Plan(
+        topology=topology.name,
+        devices=len(topology.devices),
+        seconds_to_compile=seconds,
+        hbm_gib=peak / GIB,
+        available_gib=topology.chip.hbm / GIB,
+        categories_gib={k: v / GIB for k, v in categories.items()},
+        host_gib=(program.host + found.host_temp_size_in_bytes) / GIB,
+        traffic=traffic,
+        work=work,
+        roofline=times,
+        useful_mfu=work.useful / (len(topology.devices) * topology.chip.peak * times.seconds),
+        layout=describe_rows(program.shape),
+    )
+    if peak > topology.chip.hbm:
+        raise FitError(
+            f"{topology.name}: a device needs {plan.hbm_gib:.2f} GiB and has {plan.available_gib:.2f} GiB; {ADVICE}"
+        )
+    return plan
+
+
+ADVICE = (
+    "lower data.micro_batch_tokens or model.logps_chunk_tokens, set model.remat=full or full_offload, reference.mode=cached, "
+    "reference.dtype=int8 or reference.memory=pinned_host, or take more devices"
+)
+
+
+def _not_fitting(error: Exception, program: Prepared, topology: Topology) -> Exception:
+    """The compiler's refusal as a FitError with both figures; another error as it is."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text and "HbmOom" not in text:
+        return error
+    used = re.search(r"[Uu]sed ([\d.]+)([GMT]) of ([\d.]+)([GMT])", text)
+    given = sum(program.memory.values()) / GIB
+    if used is None:
+        return FitError(f"{topology.name}: out of memory ({text.splitlines()[0]:.300}); {ADVICE}")
+    scale = {"M": 1 / 1024, "G": 1.0, "T": 1024.0}
+    needed, there = float(used.group(1)) * scale[used.group(2)], float(used.group(3)) * scale[used.group(4)]
+    return FitError(
+        f"{topology.name}: a device needs {needed:.2f} GiB and has {there:.2f} GiB ({given:.2f} GiB of it parameters, optimizer, "
+        f"reference and batch); {ADVICE}"
+    )
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _bar(share: float, width: int = 24) -> str:
+    return "█" * round(share * width)
+
+
+def show(plan: Plan, config: Config) -> None:
+    """The plan for people."""
+    w, r = plan.work, plan.roofline
+    say(f"\n{plan.topology}, {plan.devices} devices: compiled in {duration(plan.seconds_to_compile)}; {plan.layout}")
+    say(f"\nmemory of a device: {plan.hbm_gib:.2f} of {plan.available_gib:.2f} GiB ({plan.hbm_gib / plan.available_gib:.0%})")
+    for name, gib in sorted(plan.categories_gib.items(), key=lambda kv: -kv[1]):
+        if gib >= 0.0005:
+            say(f"  {name:14s} {gib:8.3f} GiB  {_bar(gib / plan.available_gib)}")
+    if plan.host_gib:
+        say(f"  host's memory  {plan.host_gib:8.3f} GiB for each device")
+    say(f"\ncollectives of a step, on each device ({sum(t.sent for t in plan.traffic) / 1e9:,.1f} GB)")
+    for t in plan.traffic:
+        say(f"  {t.kind:19s} {t.runs:9,.0f} times {t.sent / 1e9:10,.2f} GB")
+    say(f"\nstep at the roofline: {duration(r.seconds)}, bound by {r.bound} (nothing was run)")
+    for name, seconds in zip(("compute", "HBM", "interconnect"), r, strict=True):
+        say(f"  {name:14s} {seconds:8.3f} s    {_bar(seconds / r.seconds)}")
+    say(
+        f"  {config.batch_size:,} pairs, {w.tokens:,.0f} tokens a step; useful {w.useful / 1e15:.2f} PFLOP = {plan.useful_mfu:.1%} of the peak "
+        f"(MFU); {config.batch_size / r.seconds:,.1f} pairs/s"
+    )
+    say(
+        f"\npacking {w.packing:.3f}, rounding to whole micro-batches {w.rounding:.3f} of the ideal tokens, {w.micro:.1f} micro-batches; "
+        f"rounding is under 10 % from about {w.smallest_batch:,} pairs a step"
+    )
+
+
+def table_settings(config: Config, modes: Sequence[str], remats: Sequence[str], batches: Sequence[int]):
+    """(names, overrides) of every cell of the grid."""
+    kinds = {
+        "live": {"reference.mode": "live", "lora.rank": "0", "lora.base_dtype": ""},
+        "live int8": {"reference.mode": "live", "reference.dtype": "int8", "lora.rank": "0", "lora.base_dtype": ""},
+        "cached": {"reference.mode": "cached", "lora.rank": "0", "lora.base_dtype": ""},
+        "adapter": {"reference.mode": "adapter", "reference.dtype": "", "lora.rank": str(config.lora.rank or 16)},
+    }
+    for mode in modes:
+        if mode not in kinds:
+            raise ConfigError(f"--modes={mode!r}: they are {', '.join(kinds)}")
+        for remat in remats:
+            for batch in batches:
+                yield (mode, remat, batch), {**kinds[mode], "model.remat": remat, "batch_size": str(batch)}
+
+
+def make_table(values, topology: Topology, lengths: str, cells) -> list[dict[str, Any]]:
+    """Compiles every cell, with progress; what does not fit is a row too."""
+    rows, cells = [], list(cells)
+    say(f"| reference | remat | pairs a step | GiB of {topology.chip.hbm / GIB:.2f} | step s | bound | useful MFU | pairs/s |")
+    say("|---|---|---|---|---|---|---|---|")
+    progress = Progress("compiling", len(cells), "programs", enabled=True, every_s=60)
+    for i, ((mode, remat, batch), overrides) in enumerate(cells):
+        own = values.copy_and_resolve_references()
+        for key, text in overrides.items():
+            apply_override(own, key, text)
+        config = from_config_dict(own)
+        row: dict[str, Any] = {"reference": mode, "remat": remat, "batch_size": batch}
+        try:
+            plan = make_plan(config, topology, lengths)
+            row |= {"fits": True, "hbm_gib": plan.hbm_gib, "step_s": plan.roofline.seconds, "bound": plan.roofline.bound}
+            row |= {"useful_mfu": plan.useful_mfu, "pairs_per_second": batch / plan.roofline.seconds}
+            cell = f"{plan.hbm_gib:.2f} | {row['step_s']:.2f} | {row['bound']} | {row['useful_mfu']:.1%} | {row['pairs_per_second']:,.0f}"
+        except FitError as error:
+            row |= {"fits": False, "error": str(error)}
+            needed = re.search(r"needs ([\d.]+) GiB", str(error))
+            cell = f"{needed.group(1) if needed else '?'}, does not fit | | | |"
+        progress.clear()
+        say(f"| {mode} | {remat} | {batch:,} | {cell} |")
+        rows.append(row)
+        progress(i + 1)
+    progress.clear()
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        prog="python -m dpojax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 it fits, 2 config or command line, 6 it does not fit (what is needed and what there is is said).",
+    )  # fmt: skip
+    made.add_argument("--config", required=True, help="FILE[:argument], as for dpojax.main; --config.KEY=VALUE changes it")
+    made.add_argument("--topology", required=True, help=f"{', '.join(CHIPS)} and a shape: v5e:16x16, v6e:8x8, v5p:4x4x4")
+    made.add_argument("--num_slices", type=int, default=1, help="slices of this topology; the data axis alone crosses them")
+    made.add_argument(
+        "--lengths", default="ultrafeedback", help=f"lengths of the data: {', '.join(QUANTILES)}, or full: all as long as may be"
+    )
+    made.add_argument("--table", action="store_true", help="a grid over reference modes, remat policies and batch sizes")
+    made.add_argument("--modes", default="live,live int8,cached,adapter", help="of the grid")
+    made.add_argument("--remats", default="full,dots", help="of the grid")
+    made.add_argument("--batches", default="", help="of the grid (default: batch_size and twice as many)")
+    made.add_argument("--json", default="", help="file to write the plan to")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    args, rest = parser().parse_known_args(argv)
+    try:
+        values = load_config_file(args.config)
+        for flag in rest:
+            name, equals, text = flag.partition("=")
+            if not name.startswith("--config.") or not equals:
+                raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE")
+            apply_override(values, name.removeprefix("--config."), text)
+        config = from_config_dict(values)
+        if args.lengths not in (*QUANTILES, "full"):
+            raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full")
+        topology = open_topology(args.topology, args.num_slices)
+        if args.table:
+            batches = [int(b) for b in args.batches.split(",")] if args.batches else [config.batch_size, 2 * config.batch_size]
+            cells = table_settings(config, args.modes.split(","), args.remats.split(","), batches)
+            found: Any = make_table(values, topology, args.lengths, cells)
+            fitting = [r for r in found if r["fits"]]
+            if not fitting:
+                raise FitError(f"{args.topology}: nothing of the grid fits; {ADVICE}")
+            best = max(fitting, key=lambda r: (r["batch_size"], r["pairs_per_second"]))
+            say(
+                f"\nthe largest that fits: {best['batch_size']:,} pairs, reference {best['reference']}, remat {best['remat']} "
+                f"({best['hbm_gib']:.2f} GiB, {best['pairs_per_second']:,.0f} pairs/s at the roofline)"
+            )
+        else:
+            say(f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ...")
+            plan = make_plan(config, topology, args.lengths)
+            show(plan, config)
+            found = plan_json(plan)
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    except DpojaxError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    plain = plan._asdict()
+    nested = {"work": plan.work._asdict(), "roofline": plan.roofline._asdict() | {"bound": plan.roofline.bound}}
+    return {**plain, **nested, "traffic": [t._asdict() for t in plan.traffic]}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

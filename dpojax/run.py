@@ -28,6 +28,7 @@ from dpojax.stages import (
     Stage,
     batch_shape,
     batch_stream,
+    describe_rows,
     fingerprints,
     origin,
     packer,
@@ -76,11 +77,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
     shape = batch_shape(job, policy, [data.train_index, data.eval_index], groups)
     kernel, reason = kernel_name(job, policy.config, shape.layout)
-    slots = "" if shape.slots is None else f" of {shape.slots[0]} + {shape.num_lanes} x {shape.slots[1]}"
-    job.say(
-        f"rows: {shape.shard_rows} x {shape.row_tokens} tokens a micro-batch on each of {shape.num_shards} data shard(s), "
-        f"layout {shape.layout}{slots}, attention {kernel}{f' ({reason})' if reason else ''}"
-    )
+    job.say(f"{describe_rows(shape)}, attention {kernel}{f' ({reason})' if reason else ''}")
     anywhere, policy = policy, fitted(job, policy, shape)
     trained, own_dtype = policy, config.model.param_dtype
     if ref is not None and ref is not base:

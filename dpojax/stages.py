@@ -382,6 +382,15 @@ def batch_shape(job: Job, policy: Policy, indexes: Sequence[Index | Lengths], gr
     )
 
 
+def describe_rows(shape: PackShape) -> str:
+    """The rows of a micro-batch, for people."""
+    slots = "" if shape.slots is None else f" of {shape.slots[0]} + {shape.num_lanes} x {shape.slots[1]}"
+    return (
+        f"rows: {shape.shard_rows} x {shape.row_tokens} tokens a micro-batch on each of {shape.num_shards} data shard(s), "
+        f"layout {shape.layout}{slots}"
+    )
+
+
 def batch_stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
     """First step -> the batches from there on."""
     c = job.config

@@ -74,6 +74,7 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[Array, Any]]
     axes: Params  # logical axes of every parameter, shaped like the parameters
     vocab_size: int
+    frozen_head: bool = False  # adapters alone are trained
     spread: Any = None  # logps.Spread: how the head lies on a mesh; None: on one device
 
 
@@ -375,4 +376,5 @@ def make_decoder(
         decode=decode,
         axes=logical_axes(config),
         vocab_size=config.vocab_size,
+        frozen_head=adapter is not None,
     )
