@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import recipes
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"  # config.json files of published models
-BATCH = {"": 1024, "v6e": 512, "v5p": 128}
+BATCH = {"": 1024, "v6e": 448, "v5p": 128}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -20,5 +20,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.shape = str(llama3_8b.SHAPES / "mixtral_8x7b.json")
     c.model.router_loss_weight = 0.02  # router_aux_loss_coef of its config.json
     c.reference.dtype = "bfloat16"
-    c.mesh.tensor = 8
+    c.mesh.tensor = 4
     return c

@@ -15,7 +15,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(rf"= (\(?.*?\)?) ({'|'.join(KINDS)})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)")
-_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+_LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 
 
 class Traffic(NamedTuple):
@@ -36,20 +36,30 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         if match:
             own = found.setdefault(match.group(1), [])
             entry = match.group(1) if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's own settings may begin a line with it
             own = None
         elif own is not None:
             own.append(line)
     return found, entry
 
 
-def _size(shape: str, started: bool) -> float:
-    """Bytes of a result; of an asynchronous one, which names its operands too, the larger half."""
+def _trips(condition: list[str], name: str, body: list[str]) -> float | None:
+    """How often a loop runs, where its condition compares with a constant; None where it does not."""
+    limits = {int(n) for line in condition for n in _LIMIT.findall(line) if int(n) > 1}
+    if len(limits) != 1:
+        return None
+    # A matrix product that XLA cuts into a ring goes round in steps of two.
+    two = "windowed_dot_general" in name and any(n == "2" for line in body for n in _LIMIT.findall(line))
+    return limits.pop() / (2 if two else 1)
+
+
+def _size(kind: str, shape: str, started: bool) -> float:
+    """Bytes of a result; an asynchronous one names its operand too, and what it synchronises with."""
     parts = [
         _BYTES.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
     ]
-    return sum(parts) - (min(parts) if started and len(parts) > 1 else 0)
+    return max(parts) if started and kind != "all-reduce" else sum(parts)
 
 
 def _group(line: str) -> int:
@@ -87,10 +97,10 @@ def collective_traffic(text: str, *, trips: tuple[float, ...]) -> list[Traffic]:
         for line in computations.get(name, ()):
             loop = _WHILE.search(line)
             if loop:
-                limits = [int(n) for c in computations.get(loop.group(1), ()) for n in _LIMIT.findall(c) if int(n) > 1]
-                known = len(limits) == 1
-                count = limits[0] if known else trips[min(depth, len(trips) - 1)]
-                visit(loop.group(2), times * count, depth + (not known), set())
+                body = loop.group(2)
+                count = _trips(computations.get(loop.group(1), []), body, computations.get(body, []))
+                own = trips[min(depth, len(trips) - 1)] if count is None else count
+                visit(body, times * own, depth + (count is None), set())
                 continue
             operation = _OPERATION.search(line)
             if operation:
@@ -100,7 +110,7 @@ def collective_traffic(text: str, *, trips: tuple[float, ...]) -> list[Traffic]:
                 if group > 1 and not (channel and channel.group(1) in seen):
                     seen |= {channel.group(1)} if channel else set()
                     totals[kind][0] += times
-                    totals[kind][1] += times * _sent(kind, _size(shape, bool(started)), group)
+                    totals[kind][1] += times * _sent(kind, _size(kind, shape, bool(started)), group)
                 continue
             for called in _CALLED.findall(line):
                 for other in called.replace("%", "").split(","):

@@ -323,8 +323,12 @@ class Plan(NamedTuple):
     layout: str
 
 
-def make_plan(config: Config, topology: Topology, lengths: str) -> Plan:
-    """Compiles the step for the topology. Raises: FitError where it needs more memory than a device has."""
+def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = "") -> Plan:
+    """Compiles the step for the topology. Raises: FitError where it needs more memory than a device has.
+
+    Args:
+      hlo: a file for the compiled program's text; "": none.
+    """
     program = prepare(config, topology, lengths)
     work = step_work(program)
     start = time.monotonic()
@@ -339,7 +343,10 @@ def make_plan(config: Config, topology: Topology, lengths: str) -> Plan:
     categories = {**program.memory, "temporary": float(temporary), "program": float(found.generated_code_size_in_bytes)}
     peak = given + temporary + found.generated_code_size_in_bytes
     chunks = max(1.0, work.scored / config.model.logps_chunk_tokens)
-    traffic = collective_traffic(compiled.as_text(), trips=(work.micro, chunks))
+    text = compiled.as_text()
+    if hlo:
+        pathlib.Path(hlo).write_text(text)
+    traffic = collective_traffic(text, trips=(work.micro, chunks))
     times = roofline(program, work, traffic, topology.chip)
     plan = Plan(
         topology=topology.name,
@@ -479,6 +486,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--modes", default="live,live int8,cached,adapter", help="of the grid")
     made.add_argument("--remats", default="full,dots", help="of the grid")
     made.add_argument("--batches", default="", help="of the grid (default: batch_size and twice as many)")
+    made.add_argument("--hlo", default="", help="file to write the compiled program's text to")
     made.add_argument("--json", default="", help="file to write the plan to")
     return made
 
@@ -511,7 +519,7 @@ def main(argv: Sequence[str]) -> int:
             )
         else:
             say(f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ...")
-            plan = make_plan(config, topology, args.lengths)
+            plan = make_plan(config, topology, args.lengths, hlo=args.hlo)
             show(plan, config)
             found = plan_json(plan)
         if args.json:

@@ -49,7 +49,8 @@ def make_mesh(
         raise ConfigError(f"{named}: the product must be the number of devices, {count}")
     types = (AxisType.Auto,) * len(sizes)
     if num_slices == 1:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+        placed = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
     if sizes[0] % num_slices:
         raise ConfigError(
             f"mesh.num_slices={num_slices}: it must divide mesh.data, which is {sizes[0]}: the data axis alone crosses slices"
