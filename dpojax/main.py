@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from dpojax.errors import CheckpointError, ConfigError, DpojaxError, FitError, Interrupted
+from dpojax.launch import join_processes, launcher
 
 USAGE = """usage: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...]
 
@@ -27,8 +28,9 @@ Trains a policy by Direct Preference Optimization, evaluates it, and writes a re
   --help                this text, and with --config=FILE all of its settings
 
 Writes DIR/report.html, metrics.jsonl, summary.json, checkpoints/ and tensorboard/.
-Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each. When one dies, the others
-end after DPOJAX_HEARTBEAT_SECONDS (100); the same command then goes on from the last checkpoint.
+Several processes: the same command in each. Slurm, Open MPI, Kubernetes' indexed jobs and TPU slices are recognised; elsewhere
+set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one dies, the others end after
+DPOJAX_HEARTBEAT_SECONDS (100); the same command then goes on from the last checkpoint.
 Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 6 does not fit, 130 and 143 signals.
 """
 
@@ -126,20 +128,6 @@ class StopSignal:
         return self.exit_code
 
 
-def _start_processes() -> None:
-    """Joins the other processes, if the environment names a coordinator."""
-    import jax
-
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
-        try:
-            count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-            heartbeat = int(os.environ.get("DPOJAX_HEARTBEAT_SECONDS", "100"))  # JAX's own default
-        except (KeyError, ValueError) as error:
-            raise ConfigError("JAX_COORDINATOR_ADDRESS needs JAX_NUM_PROCESSES and JAX_PROCESS_ID, numbers") from error
-        jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=heartbeat)
-
-
 def _hide_stopped_reads(hooked, shown=sys.unraisablehook) -> None:
     """Orbax stops at the first read that fails; the reads beside it end later and find its event loop closed."""
     if not (isinstance(hooked.exc_value, RuntimeError) and str(hooked.exc_value) == "Event loop is closed"):
@@ -177,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
 
         # An external backend must be told before it starts; threefry draws must not depend on the mesh.
         jax.config.update("jax_threefry_partitionable", True)
-        _start_processes()
+        join_processes()
         from dpojax.job import same_everywhere
         from dpojax.run import run
 
@@ -208,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == CheckpointError.exit_code and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    if code == CheckpointError.exit_code and not launcher(os.environ):
         # Reads of a damaged checkpoint that end while Python shuts down pass by the hook: leave without that.
         sys.stdout.flush()
         sys.stderr.flush()

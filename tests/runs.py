@@ -92,12 +92,28 @@ def start(files, workdir, env=None, **changes):
     )
 
 
+def by_jax(count, i, port):
+    """What tells a process of its others: JAX's own variables."""
+    return {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+
+
+def by_slurm(count, i, port):
+    """What srun tells each task; the port comes from the job's number."""
+    job = 4096 * 3 + port % 4096  # JAX takes 61440 + job % 4096
+    own = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": count, "SLURM_PROCID": i, "SLURM_LOCALID": i}
+    return {k: str(v) for k, v in own.items()}
+
+
+def start_several(files, workdir, count, *, told=by_jax, env=None, last=None, **changes):
+    """Processes of one run on localhost, one device each; `last` changes settings of the last one only."""
+    changes = {"mesh.data": 1, "mesh.fsdp": count, **changes}
+    port, settings = free_port(), [changes] * (count - 1) + [{**changes, **(last or {})}]
+    return [start(files, workdir, environment(1, **told(count, i, port), **(env or {})), **s) for i, s in enumerate(settings)]
+
+
 def start_two(files, workdir, *, env=None, second=None, **changes):
-    """Two processes of one run on localhost, one device each; `second` changes settings of the other one only."""
-    changes = {"mesh.data": 1, "mesh.fsdp": 2, **changes}
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", **(env or {})}
-    settings = [changes, {**changes, **(second or {})}]
-    return [start(files, workdir, environment(1, **shared, JAX_PROCESS_ID=str(i)), **s) for i, s in enumerate(settings)]
+    """Two processes of one run, as `start_several`."""
+    return start_several(files, workdir, 2, env=env, last=second, **changes)
 
 
 def wait_for(process, text):

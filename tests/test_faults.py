@@ -15,10 +15,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from runs import ROOT, command, environment, free_port, losses, numbers, rows, run, start, start_two, wait_for
+from runs import ROOT, by_slurm, command, environment, free_port, losses, numbers, rows, run, start, start_several, start_two, wait_for
 
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import from_config_dict, load_config_file
+from dpojax.launch import launcher
 from dpojax.data.pipeline import _name_failures
 from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
@@ -86,16 +87,35 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes
 
 
 @pytest.mark.slow
-def test_when_one_of_two_processes_is_killed_the_other_ends_and_a_restart_resumes(files, tmp_path):
-    first, second = start_two(files, tmp_path, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=12)
+def test_when_one_of_four_processes_is_killed_the_others_end_and_a_restart_resumes(files, tmp_path):
+    """As srun starts them: nothing but Slurm's own variables says who they are."""
+    first, *others = start_several(files, tmp_path, 4, told=by_slurm, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=12)
     wait_for(first, "DPO 4/")
-    second.kill()
+    others[1].kill()
     start_time = time.monotonic()
-    first.communicate(timeout=120)
-    assert first.returncode not in (0, None) and time.monotonic() - start_time < 60
-    second.communicate(timeout=10)
-    outputs = [finish(p, 0) for p in start_two(files, tmp_path, num_steps=12)]
-    assert "resumed at step" in outputs[0]
+    for process in (first, *others):
+        process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+    assert time.monotonic() - start_time < 60
+    outputs = [finish(p, 0) for p in start_several(files, tmp_path, 4, told=by_slurm, num_steps=12)]
+    assert "4 process(es)" in outputs[0] and "resumed at step" in outputs[0]
+
+
+def test_what_started_the_processes_is_recognised():
+    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+    cases = {
+        "jax": {"JAX_COORDINATOR_ADDRESS": "a:1", **slurm},
+        "slurm": slurm,
+        "open mpi": {"OMPI_COMM_WORLD_SIZE": "2"},
+        "kubernetes": {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+        "tpu": {"TPU_WORKER_HOSTNAMES": "a,b"},
+        "": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the script of a batch job
+    }
+    for expected, environ in cases.items():
+        assert launcher(environ) == expected
+    for alone in ({}, {**slurm, "SLURM_NTASKS": "1"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
+        assert launcher(alone) == ""
+    assert launcher({"JAX_PLATFORMS": "cpu"}, tpu_host=True) == "" and launcher({}, tpu_host=True) == "tpu"
 
 
 @pytest.mark.parametrize("change", ["config", "data"])

@@ -1,0 +1,80 @@
+"""The environment -> the processes of a run, joined: JAX's own multi-controller runtime does the rest.
+
+Every process runs the same command. Who they are comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+from Slurm, Open MPI, Kubernetes or a TPU slice, which jax.distributed.initialize() recognises itself.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from dpojax.errors import ConfigError
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ.get(name, "0"))
+    except ValueError:
+        return 0
+
+
+def launcher(environ: Mapping[str, str], *, tpu_host: bool = False) -> str:
+    """What started several processes: "jax", "slurm", "open mpi", "kubernetes", "tpu"; "" for a process of its own.
+
+    Args:
+      environ: the environment's variables.
+      tpu_host: whether this machine has TPUs, which may be part of a slice over several hosts.
+    """
+    if environ.get("JAX_COORDINATOR_ADDRESS"):
+        return "jax"
+    # Of a step that srun started; the script of a batch job is told of its tasks too, and is none of them.
+    if all(f"SLURM_{n}" in environ for n in ("PROCID", "LOCALID", "STEP_NODELIST")) and _number(environ, "SLURM_NTASKS") > 1:
+        return "slurm"
+    if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "open mpi"
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
+    cpu_only = environ.get("JAX_PLATFORMS", "") == "cpu"
+    if not cpu_only and (tpu_host or "," in hosts or environ.get("MEGASCALE_COORDINATOR_ADDRESS")):
+        return "tpu"
+    # An indexed job; in a pod of its own, or a notebook, there is nobody to join.
+    if environ.get("KUBERNETES_SERVICE_HOST") and "JOB_COMPLETION_INDEX" in environ:
+        return "kubernetes"
+    return ""
+
+
+def _tpu_host() -> bool:
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) and bool(_has_libtpu())
+
+
+def _has_libtpu() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def join_processes(environ: Mapping[str, str] = os.environ) -> str:
+    """Joins the other processes of the run, if there are any. Returns what started them.
+
+    Raises: ConfigError if the environment says half of what it takes, or they cannot be joined.
+    """
+    import jax
+
+    found = launcher(environ, tpu_host=_tpu_host())
+    if not found:
+        return ""
+    options: dict[str, Any] = {}
+    try:
+        options["heartbeat_timeout_seconds"] = int(environ.get("DPOJAX_HEARTBEAT_SECONDS", "100"))  # JAX's own default
+        if found == "jax":
+            options["coordinator_address"] = environ["JAX_COORDINATOR_ADDRESS"]
+            options |= {"num_processes": int(environ["JAX_NUM_PROCESSES"]), "process_id": int(environ["JAX_PROCESS_ID"])}
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "JAX_COORDINATOR_ADDRESS needs JAX_NUM_PROCESSES and JAX_PROCESS_ID, numbers, and so is DPOJAX_HEARTBEAT_SECONDS"
+        ) from error
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(f"the processes that {found} started cannot be joined: {error}") from error
+    return found
