@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dpojax.errors import CheckpointError, ConfigError, DpojaxError, FitError, Interrupted
 from dpojax.launch import join_processes, launcher
@@ -24,6 +25,7 @@ Trains a policy by Direct Preference Optimization, evaluates it, and writes a re
                         A .py config is executed: run only files that you trust.
   --workdir=DIR         where everything goes (default: runs/<config name>). The same command goes on
                         from the last checkpoint in it.
+  --profile[=STEPS]     writes a trace of some steps (3) to DIR/profile, for Perfetto (ui.perfetto.dev) and TensorBoard
   --config.KEY=VALUE    changes one setting, e.g. --config.loss.beta=0.5 --config.data.train=pairs.jsonl
   --help                this text, and with --config=FILE all of its settings
 
@@ -35,14 +37,27 @@ Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 
 """
 
 
-def parse(argv: Sequence[str]) -> tuple[str, str | None, dict[str, str], bool]:
-    """(config spec, workdir, overrides, help) from the command line. Raises ConfigError for anything else."""
-    spec, workdir, overrides, wants_help = None, None, {}, False
+class Arguments(NamedTuple):
+    """What the command line says."""
+
+    spec: str  # of the config
+    workdir: str | None
+    overrides: dict[str, str]
+    wants_help: bool
+    profile_steps: int  # 0: no trace
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The command line. Raises ConfigError for anything that is not understood."""
+    spec, workdir, overrides, wants_help, profile = None, None, {}, False, 0
     queue = list(argv)
     while queue:
         argument = queue.pop(0)
         if argument in ("-h", "--help", "-help"):
             wants_help = True
+            continue
+        if argument == "--profile":
+            profile = 3
             continue
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
@@ -56,13 +71,17 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, dict[str, str], bool]:
             spec = value
         elif name == "workdir":
             workdir = value
+        elif name == "profile":
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"--profile={value!r}: it must be a number of steps, at least 1")
+            profile = int(value)
         elif name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
         else:
-            raise ConfigError(f"flag --{name} is unknown; there are --config, --workdir and --config.KEY")
+            raise ConfigError(f"flag --{name} is unknown; there are --config, --workdir, --profile and --config.KEY")
     if spec is None and not wants_help:
         raise ConfigError("--config=FILE is missing, e.g. --config=configs/tldr.py")
-    return spec or "", workdir, overrides, wants_help
+    return Arguments(spec or "", workdir, overrides, wants_help, profile)
 
 
 def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
@@ -145,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     wants_help = False
     sys.unraisablehook = _hide_stopped_reads
     try:
-        spec, workdir, overrides, wants_help = parse(argv)
+        spec, workdir, overrides, wants_help, profile_steps = parse(argv)
         if wants_help:
             print(USAGE)
             if not spec:
@@ -173,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
         same_everywhere("objective of its own", config.loss.make().source)
         same_everywhere("config", hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
         try:
-            run(config, folder, StopSignal(jax.process_count()))
+            run(config, folder, StopSignal(jax.process_count()), profile_steps=profile_steps)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -3,9 +3,12 @@
 import json
 import math
 import pathlib
+import resource
 import sys
 import time
 from typing import Any
+
+import jax
 
 
 def _summary_writer(folder: pathlib.Path) -> Any:
@@ -87,6 +90,15 @@ class MetricsLog:
         """Flushes TensorBoard."""
         if self._board is not None:
             self._board.close()
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that the fullest local device, where it says so, and this process have held so far, GiB."""
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    held = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {**({"peak_device_memory_gib": max(held) / 2**30} if held else {}), "peak_process_memory_gib": process / 2**30}
 
 
 class Progress:

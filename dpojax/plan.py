@@ -8,6 +8,7 @@ and collectives are those of the run. Nothing is executed: times are a roofline'
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from dpojax.models import ModelConfig
 from dpojax.models.table import layer_rows, num_params
 from dpojax.policy import adapted, describe, fitted, frozen_layout
 from dpojax.stages import batch_shape, describe_rows, preference_passes, preference_program, state_layout
+from dpojax.train import new_state
 from dpojax.weights import ignored_fields, open_weights, read_shape
 
 GIB = 2**30
@@ -178,7 +180,7 @@ def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     elif mode == "live" and not moving:
         ref = frozen("reference", c.dtype, c.rules, c.memory)
     program, optimizer = preference_program(job, trained)
-    state, shardings = state_layout(job, trained, optimizer, moving=moving)
+    state, shardings = state_layout(job, trained, functools.partial(new_state, optimizer), moving=moving)
     parts = {"parameters": (state.params, shardings.params), "optimizer": (state.opt_state, shardings.opt_state)}
     if moving:
         parts["reference"] = (state.ref, shardings.ref)

@@ -69,6 +69,11 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <td class="{{ 'better' if s.policy_better }}">{{ s.policy }}{% if s.policy_score is not none %}<br><span class="note">reward {{ s.policy_score }}</span>{% endif %}</td>
 <td class="{{ 'better' if s.ref_better }}">{{ s.reference }}{% if s.ref_score is not none %}<br><span class="note">reward {{ s.ref_score }}</span>{% endif %}</td></tr>{% endfor %}</table>
 {% endif %}
+<h2>Cost</h2>
+<table><tr><th>of this process's steps, without the first</th><th class="num"></th></tr>
+{% for r in cost_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td></tr>{% endfor %}</table>
+<p class="note">Useful FLOPs: every distinct token once through the layers (a shared prompt once), attention between tokens that see
+each other, the vocabulary at response tokens; no padding and nothing that is computed again.</p>
 <h2>Data and programs</h2>
 <table><tr><th>rows</th><th class="num">train</th><th class="num">held out</th></tr>
 {% for r in data_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
@@ -281,6 +286,26 @@ def _sample_table(samples: dict[str, Any], shown: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _cost_rows(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the steps cost: times, rates, padding, memory."""
+    last = next((r for r in reversed(rows) if "padding/packing" in r), {})
+    shown = [
+        ("step time, median", "step_time_p50_s", "{:.3f} s"),
+        ("step time, 99th percentile", "step_time_p99_s", "{:.3f} s"),
+        ("pairs per second", "pairs_per_second", "{:.1f}"),
+        ("tokens per second and device", "tokens_per_second_per_device", "{:,.0f}"),
+        ("useful TFLOP/s", "useful_tflops", "{:.3g}"),
+        ("useful FLOPs over the devices' peak (MFU)", "useful_mfu", "{:.1%}"),
+        ("tokens of used rows over the ideal (last logged step)", "padding/packing", "{:.3f}"),
+        ("tokens of computed rows over those used (last logged step)", "padding/rounding", "{:.3f}"),
+        ("compiling", "seconds_compiling", "{:.1f} s"),
+        ("peak memory of a device", "peak_device_memory_gib", "{:.2f} GiB"),
+        ("peak memory of the process", "peak_process_memory_gib", "{:.2f} GiB"),
+    ]
+    found = {**last, **summary}
+    return [(label, form.format(found[key])) for label, key, form in shown if found.get(key) is not None]
+
+
 def render_report(
     name: str,
     config: Config,
@@ -338,6 +363,7 @@ def render_report(
         sample_rows=sample_rows,
         sample_note=f"One sample each: temperature {c.temperature:g}, top-k {c.top_k or 'off'}, top-p {c.top_p if c.top_p < 1 else 'off'}"
         + ("; the better one by the reward is tinted; ties count half." if "win_rate" in summary else "."),
+        cost_rows=_cost_rows(summary, rows),
         data_rows=[(n.replace("/", ": ").replace("_", " "), counts[0].get(n, 0), counts[1].get(n, 0)) for n in names],
         program_rows=[(n, p["compiled"], f"{p['seconds']:.1f}") for n, p in summary["programs"].items() if p["compiled"]],
         config=json.dumps(to_dict(config), indent=2),

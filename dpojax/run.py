@@ -20,12 +20,13 @@ from dpojax.data.pipeline import groups_per_step
 from dpojax.data.tokens import copy_companions
 from dpojax.datasets import Data, open_data
 from dpojax.job import Job, Stop
-from dpojax.metrics import MetricsLog, duration, say
+from dpojax.metrics import MetricsLog, duration, peak_memory, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
 from dpojax.stages import (
     Stage,
+    Trace,
     batch_shape,
     batch_stream,
     describe_rows,
@@ -40,11 +41,14 @@ from dpojax.stages import (
     step_flops,
     train_stage,
 )
-from dpojax.train import TrainState, make_eval_step, make_token_logps_step
+from dpojax.train import TrainState, make_eval_step, make_token_logps_step, new_state
 
 
-def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
+def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int = 0) -> dict[str, Any]:
     """Runs `config` in `workdir`, from where it stands there; returns the summary.
+
+    Args:
+      profile_steps: how many steps of the preference stage are traced; 0: none.
 
     Raises: DpojaxError for what a user can mend; Interrupted after saving.
     """
@@ -108,11 +112,12 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
         job, data, trained, weights, own_weights, batch_stream(job, train_pack, groups, config.num_steps), groups
     )
     stage.evaluate = evaluation
-    state = start_state(job, stage, params, optimizer, trained, moving_ref=ref if moving else None)
+    state = start_state(job, stage, params, functools.partial(new_state, optimizer), trained, moving_ref=ref if moving else None)
     del params  # the state has taken their memory
     ref = None if moving else ref
     start = int(state.step)
     job.log.rewind(sft_step=10**12, step=start if start else -1)
+    stage.trace = Trace(job, profile_steps) if profile_steps else None
     state = train_stage(job, stage, state, ref, base)
     stage.checkpoints.close()
     if evaluation.results is None:  # resumed after the last step, whose evaluation is in the log already
@@ -130,6 +135,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
     summary = {
         "num_steps": int(state.step),
         "pairs_per_second": stage.pairs / stage.seconds if stage.seconds else None,
+        **stage.speed(),
+        **peak_memory(),
+        "seconds_compiling": sum(p.seconds for p in job.programs.values()),
         "skipped_steps": int(state.skipped),
         **evaluation.scalars,
         **(evaluate.judge_samples(job, samples) if samples else {}),
@@ -359,5 +367,13 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
         say(
             f"KL(policy || reference) {summary['kl']:.2f} ± {summary['kl_standard_error']:.2f} nats; "
             f"mean length {summary['mean_length']:.1f} vs {summary['reference_mean_length']:.1f} tokens"
+        )
+    if "step_time_p50_s" in summary:
+        mfu = f", {summary['useful_mfu']:.1%} of the peak" if "useful_mfu" in summary else ""
+        rate = f"{summary['pairs_per_second']:.1f} pairs/s, " if summary["pairs_per_second"] else ""
+        say(
+            f"step {summary['step_time_p50_s']:.3f} s (median), {summary['step_time_p99_s']:.3f} s (99th percentile); {rate}"
+            f"{summary['useful_tflops']:.3g} useful TFLOP/s{mfu}; compiled for {duration(summary['seconds_compiling'])}; "
+            + ", ".join(f"{k.removeprefix('peak_').removesuffix('_gib').replace('_', ' ')} {v:.2f} GiB" for k, v in summary.items() if k.startswith("peak_"))
         )
     say(f"done in {duration(summary['seconds'])}: {path}")

@@ -48,6 +48,28 @@ class Dispatched(NamedTuple):
     sizes: StepSizes
 
 
+class Trace:
+    """A trace of some steps in WORKDIR/profile: perfetto_trace.json.gz for ui.perfetto.dev, and what TensorBoard reads."""
+
+    def __init__(self, job: Job, steps: int):
+        self.job, self.steps, self.first = job, steps, 0
+        self.running = False
+
+    def before(self, step: int, start: int) -> None:
+        """Starts with the third step of this process: the first ones compile and fill the pipeline."""
+        if self.first == 0 and step >= start + 3:
+            self.first, self.running = step, True
+            jax.profiler.start_trace(self.job.workdir / "profile", create_perfetto_trace=self.job.main_process)
+
+    def after(self, step: int, metrics: Any, *, last: bool) -> None:
+        """Stops when its steps, or the stage, are done."""
+        if self.running and (last or step >= self.first + self.steps - 1):
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self.running = False
+            self.job.say(f"trace of steps {self.first} to {step}: {self.job.workdir / 'profile'}")
+
+
 @dataclasses.dataclass
 class Stage:
     """One of the two stages of training: what differs between SFT and DPO."""
@@ -73,6 +95,8 @@ class Stage:
     since_log: tuple[float, ...] = (0, 0, 0, 0, 0)  # steps, pairs, tokens, useful FLOPs, seconds
     step_times: list[float] = dataclasses.field(default_factory=list)  # s, of this process's steps but the first
     work: float = 0.0  # useful FLOPs of these steps
+    tokens: int = 0  # of these steps
+    trace: "Trace | None" = None
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
@@ -88,6 +112,7 @@ class Stage:
         if self.finished > 1:
             self.step_times.append(seconds)
             self.work += flops
+            self.tokens += done.num_tokens
         own = (1, done.num_pairs, done.num_tokens, flops, seconds)
         self.since_log = tuple(a + b for a, b in zip(self.since_log, own, strict=True))
         self._look_for_trouble(job, done)
@@ -126,7 +151,9 @@ class Stage:
         if not self.step_times:
             return {}
         found = {f"step_time_p{q}_s": float(np.quantile(self.step_times, q / 100)) for q in (50, 99)}
-        return found | useful(self.work / sum(self.step_times))
+        seconds = sum(self.step_times)
+        per_device = self.tokens / seconds / jax.device_count()
+        return found | {"tokens_per_second_per_device": per_device} | useful(self.work / seconds)
 
     def _look_for_trouble(self, job: Job, done: Dispatched) -> None:
         """Names the rows of a step that is not finite or spikes; gives up after NON_FINITE_LIMIT non-finite ones in a row."""
@@ -227,7 +254,11 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any
     for step in range(start + 1, stage.num_steps + 1):
         batch, sizes = next(batches)
         details = np.bool_(_is_logged(job, stage, step))
+        if stage.trace:
+            stage.trace.before(step, start)
         state, metrics = stage.step_program(state, ref_params, job.put(batch), details, base)
+        if stage.trace:
+            stage.trace.after(step, metrics, last=step == stage.num_steps)
         if pending:
             clock = stage.finish(job, pending, clock)
         pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), sizes)
@@ -253,9 +284,9 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any
 # --- where a stage starts ---------------------------------------------------------------------------------------------
 
 
-def state_layout(job: Job, policy: Policy, optimizer, *, moving: bool) -> tuple[Any, Any]:
+def state_layout(job: Job, policy: Policy, make_state: Callable[..., TrainState], *, moving: bool) -> tuple[Any, Any]:
     """(ShapeDtypeStructs, shardings) of the training state; with a reference of its own where that is moving."""
-    abstract = jax.eval_shape(functools.partial(new_state, optimizer), policy.abstract)
+    abstract = jax.eval_shape(make_state, policy.abstract)
     shardings = sharding.state_shardings(abstract, policy.abstract, policy.shardings, job.mesh)
     if not moving:
         return abstract, shardings
@@ -300,16 +331,17 @@ def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
     stage.meta["changed"] = [*meta.get("changed", []), *now]
 
 
-def start_state(job: Job, stage: Stage, params: Any, optimizer, policy: Policy, *, moving_ref: Any = None) -> TrainState:
+def start_state(job: Job, stage: Stage, params: Any, make_state, policy: Policy, *, moving_ref: Any = None) -> TrainState:
     """The stage's newest checkpoint, or step 0 from `params`, which are given up: the state takes their memory.
 
     Args:
+      make_state: (params, moving_ref) -> the state at step 0.
       moving_ref: the reference where it belongs to the state (TR-DPO), given up as well; else None.
     """
-    abstract, shardings = state_layout(job, policy, optimizer, moving=moving_ref is not None)
+    abstract, shardings = state_layout(job, policy, make_state, moving=moving_ref is not None)
     step = resumable_step(job, stage)
     if step is None:
-        start = jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings, donate_argnums=(0, 1))
+        start = jax.jit(make_state, out_shardings=shardings, donate_argnums=(0, 1))
         return start(params, moving_ref)
     jax.tree.map(lambda x: x.delete(), (params, moving_ref))
     meta = stage.checkpoints.meta(step)
@@ -406,7 +438,7 @@ def train_program(job: Job, name: str, policy: Policy, optimizer, gradients, *, 
     step = make_train_step(
         gradients, optimizer, constrain, spike_factor=c.spike_factor, skip_spikes=c.skip_spikes, moving=moving
     )
-    _, state = state_layout(job, policy, optimizer, moving=moving is not None)
+    _, state = state_layout(job, policy, functools.partial(new_state, optimizer), moving=moving is not None)
     return job.program(name, step, donate_argnums=0, out_shardings=(state, job.replicated))
 
 
@@ -481,7 +513,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         check_origin(job, stage, meta)
         params = stage.checkpoints.restore_params(c.sft.num_steps, policy.abstract, policy.shardings, meta)
     else:
-        state = start_state(job, stage, params, optimizer, policy)
+        state = start_state(job, stage, params, functools.partial(new_state, optimizer), policy)
         job.log.rewind(sft_step=int(state.step), step=-1)
         params = train_stage(job, stage, state, None).params
     stage.checkpoints.close()

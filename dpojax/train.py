@@ -12,7 +12,7 @@ Legend: M micro-batches, A data shards, P pairs of a shard's micro-batch, T scor
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -360,7 +360,11 @@ def accumulate(function: Callable[..., Any], params, batch: PackedBatch, count, 
       function: (params, micro-batch, i) -> (its sum, anything).
       constrain_params: keeps a tree shaped like the parameters in the parameters' sharding.
     """
-    gradient = jax.value_and_grad(function, has_aux=True)
+    return _accumulate(jax.value_and_grad(function, has_aux=True), params, batch, count, constrain_params)
+
+
+def _accumulate(gradient: Callable[..., Any], params, batch: PackedBatch, count, constrain_params) -> tuple[Any, Any, Any]:
+    """As `accumulate`, of a function (params, micro-batch, i) -> ((its sum, anything), its gradient)."""
 
     def body(i, carry):
         total, grads, stack = carry
@@ -369,9 +373,9 @@ def accumulate(function: Callable[..., Any], params, batch: PackedBatch, count, 
         return total + part, grads, _put(stack, own, i)
 
     # The first carry has the results' structure without running them.
-    _, own = jax.eval_shape(function, params, micro_batch(batch, 0), 0)
+    (total, own), _ = jax.eval_shape(gradient, params, micro_batch(batch, 0), 0)
     zeros = constrain_params(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
-    return jax.lax.fori_loop(0, batch.num_micro, body, (jnp.zeros((), jnp.float32), zeros, _empty(own, batch)))
+    return jax.lax.fori_loop(0, batch.num_micro, body, (jnp.zeros(total.shape, jnp.float32), zeros, _empty(own, batch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,6 +418,11 @@ def preference_sums(
       balance: routing -> this micro-batch's part of the routers' loss times the step's pairs; None: no such loss.
     """
     scores = both_scores(model, loss, params, ref_params, mb, chunk=chunk, details=details, key=key)
+    return scored_sums(loss, mb, scores, balance=balance)
+
+
+def scored_sums(loss: Loss, mb: PackedBatch, scores: StepScores, *, balance=None):
+    """As `preference_sums`, from the token scores."""
     policy, ref, info = pairs_of(loss, mb, scores)
     results = pair_results(loss, policy, ref, info, mb.row_id.reshape(-1))
     results = with_details(mb, results, scores.policy)
@@ -526,21 +535,64 @@ def preference_gradients(
         return _finish(total / count, grads, step_results(loss, batch, scores, reward_mean), batch, reward_mean, parts)
 
     def _finish(mean, grads, results: PairResults, batch: PackedBatch, reward_mean, parts) -> Gradients:
-        results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
-        scalars = pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
+        found = found_gradients(loss, mean, grads, results, batch, reward_mean)
         if parts is not None:
             assert balance is not None
-            scalars["aux_loss"] = parts.sum() / batch.num_pairs / balance.weight  # TRL's name, without the weight
-        return Gradients(
-            mean,
-            grads,
-            scalars,
-            results.loss,
-            batch.row_id,
-            reward_mean,
-        )
+            found.scalars["aux_loss"] = parts.sum() / batch.num_pairs / balance.weight  # TRL's name, without the weight
+        return found
 
     return coupled if (loss.coupled if two_passes is None else two_passes) else separate
+
+
+def found_gradients(loss: Loss, mean, grads, results: PairResults, batch: PackedBatch, reward_mean) -> Gradients:
+    """What a step found, from the results of its pairs."""
+    results = results._replace(row_id=batch.row_id)  # micro-batches out of use hold zeros
+    scalars = pair_scalars(results, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
+    return Gradients(mean, grads, scalars, results.loss, batch.row_id, reward_mean)
+
+
+def sweep_gradients(model: Model, losses: Sequence[Loss], *, chunk: int, each: Callable[..., Any], dropout_seeds=None):
+    """As `preference_gradients`, of N runs that share batch, base and reference: every leaf of the state is [N, ...].
+
+    The reference scores a micro-batch once for all runs. Neither coupled objectives nor those that need the reference's
+    full distributions are taken.
+
+    Args:
+      losses: of every run.
+      each: maps a function of one run over the leading axes of its arguments: `jax.vmap`, or a loop.
+      dropout_seeds: of every run's adapters' dropout, [N], or None.
+    """
+    first = losses[0]
+    squares, count = any(loss.needs("wpo") for loss in losses), len(losses)
+
+    def gradients(state: TrainState, ref_params, batch: PackedBatch, details, constrain_params, base=None) -> Gradients:
+        policy = (lambda params: params) if base is None else functools.partial(join, base)
+
+        def own(params, n, seed, mb: PackedBatch, ref_logps, i):
+            key = None
+            if dropout_seeds is not None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), i)
+            options = dict(chunk=chunk, details=details, squares=squares, key=key)
+            scores = StepScores(batch_scores(model, policy(params), mb, **options), ref_logps, None)
+            # The branches are a few operations on [B] arrays each.
+            branches = [lambda scores, loss=loss: scored_sums(loss, mb, scores) for loss in losses]
+            return jax.lax.switch(n, branches, scores) if count > 1 else branches[0](scores)
+
+        def gradient(params, mb: PackedBatch, i):
+            ref_logps = mb.ref_logps
+            if ref_logps is None and ref_params is not None:
+                ref_logps = jax.lax.stop_gradient(batch_scores(model, ref_params, mb, chunk=chunk).logps)
+            seeds = jnp.zeros(count, jnp.int32) if dropout_seeds is None else jnp.asarray(dropout_seeds)
+            one = lambda params, n, seed: jax.value_and_grad(own, has_aux=True)(params, n, seed, mb, ref_logps, i)
+            return each(one)(params, jnp.arange(count), seeds)
+
+        pairs = batch.num_pairs.astype(jnp.float32)
+        total, grads, (results, _) = _accumulate(gradient, state.params, batch, pairs, constrain_params)
+        results = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), results)  # [N, M, A, P]
+        finish = lambda mean, grads, results, shift: found_gradients(first, mean, grads, results, batch, shift)
+        return jax.vmap(finish)(total / pairs, grads, results, state.reward_mean)
+
+    return gradients
 
 
 def _running_mean(state: TrainState, pairs: tuple[PairLogps, PairLogps | None, PairInfo], scale: float):
@@ -603,13 +655,62 @@ def make_train_step(
         alpha params + (1 - alpha) ref (TR-DPO, arXiv:2404.09656).
     """
 
+    update = make_update(optimizer, spike_factor=spike_factor, skip_spikes=skip_spikes, moving=moving)
+
     def step(state: TrainState, ref_params, batch: PackedBatch, details, base=None) -> tuple[TrainState, StepMetrics]:
         ref_params = state.ref if moving else ref_params
+        return update(state, gradients(state, ref_params, batch, details, constrain_params, base))
+
+    return step
+
+
+def make_sweep_step(
+    gradients: Callable[..., Gradients],
+    optimizer: optax.GradientTransformation,
+    constrain_params: Callable[[Any], Any],
+    rates: Float[Array, "N"],
+    *,
+    spike_factor: float,
+    skip_spikes: bool,
+):
+    """As `make_train_step`, of N runs whose state is [N, ...] but for `step`.
+
+    Args:
+      gradients: from `sweep_gradients`.
+      optimizer: of a run with learning rate 1.
+      rates: learning rate of every run.
+    """
+    update = make_update(optimizer, spike_factor=spike_factor, skip_spikes=skip_spikes)
+    axes = TrainState(0, 0, None, 0, 0, 0, None)
+
+    def step(state: TrainState, ref_params, batch: PackedBatch, details, base=None) -> tuple[TrainState, StepMetrics]:
         found = gradients(state, ref_params, batch, details, constrain_params, base)
+        own = jax.vmap(lambda state, found, rate: update(state, found, rate=rate), in_axes=(axes, 0, 0))
+        new_state, metrics = own(state, found, jnp.asarray(rates))
+        return new_state._replace(step=state.step + 1), metrics
+
+    return step
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    *,
+    spike_factor: float,
+    skip_spikes: bool,
+    moving: tuple[float, int] | None = None,
+):
+    """(state, gradients, rate=) -> (state, StepMetrics): the half of a step that follows the gradients.
+
+    The arguments are `make_train_step`'s; `rate` multiplies the optimizer's updates, and is None where it holds its own.
+    """
+
+    def update(state: TrainState, found: Gradients, *, rate=None) -> tuple[TrainState, StepMetrics]:
         loss, grads, scalars, losses, row_id, reward_mean = found
         grad_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if rate is not None:
+            updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         params = optax.apply_updates(state.params, updates)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -635,7 +736,7 @@ def make_train_step(
         scalars = {"loss": loss, "grad_norm": grad_norm, **scalars}
         return new_state, StepMetrics(scalars, losses, row_id, finite, spike, state.skipped)
 
-    return step
+    return update
 
 
 def _move(ref: Any, params: Any, alpha: float, due) -> Any:

@@ -64,7 +64,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s", "useful_tflops")
+TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_device", "step_time_s", "useful_tflops")
 
 
 def numbers(workdir):
