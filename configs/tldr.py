@@ -47,6 +47,7 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.train = ""  # .jsonl(.gz), .parquet, .arrayrecord, hf:NAME, or "" for the embedded world
     c.data.eval = ""
+    c.data.seed = -1  # of its order, flipped labels and the embedded world; -1: the run's seed
     c.data.shuffle = True
     c.data.flip_labels = 0.0  # share of training pairs whose labels are swapped (ablations)
     c.data.prompt_template = ""  # e.g. '{prompt}\n\nTL;DR:'

@@ -45,6 +45,7 @@ class DataConfig:
 
     train: str  # file, hub dataset, or "" for the embedded world
     eval: str
+    seed: int  # of its order, flipped labels and the embedded world; -1 = the run's seed
     shuffle: bool
     flip_labels: float  # share of training pairs whose labels are swapped, for noise ablations
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
@@ -239,6 +240,11 @@ class Config:
     checkpoint: CheckpointConfig
     sample: SampleConfig
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything about the data."""
+        return self.seed if self.data.seed < 0 else self.data.seed
+
 
 def resolved_mode(config: Config) -> str:
     """reference.mode: live, cached, adapter or none; auto is none where the objective takes no reference."""
@@ -334,6 +340,7 @@ def _validate(config: Config) -> None:
         _require(value in allowed, field, value, f"one of {', '.join(map(repr, allowed))}")
     at_least = {
         "seed": (config.seed, 0),
+        "data.seed": (config.data.seed, -1),
         "batch_size": (config.batch_size, 1),
         "batch_groups": (config.batch_groups, 0),
         "num_steps": (config.num_steps, 1),

@@ -37,7 +37,7 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
     limits = Limits(config.max_prompt_tokens, config.max_response_tokens)
     masked = frozenset() if kind == "sft" else mask_ids(config.mask_tokens, tokenizer)
     mask_template = config.mask_template and kind != "sft"
-    data = Dataset(records, reader, tokenizer, limits, flip, job.config.seed, masked, mask_template)
+    data = Dataset(records, reader, tokenizer, limits, flip, job.config.data_seed, masked, mask_template)
     progress = job.progress(f"reading {records.name}", records.size, "rows")
     index = load_or_build_index(
         data,
@@ -81,7 +81,7 @@ def open_data(job: Job) -> Data:
         if want_sft:
             sft_records = open_records(config.sft.data) if config.sft.data else train
     else:
-        made = world.make_world(config.seed)
+        made = world.make_world(config.data_seed)
         tokenizer, train, evaluation = made.tokenizer, made.train, made.eval
         sft_records = made.demonstrations if want_sft else None
         job.say(f"embedded world: {train.size:,} pairs, {evaluation.size} held out, {tokenizer.vocab_size} pieces")
@@ -94,7 +94,7 @@ def open_data(job: Job) -> Data:
     for records, flip in ((train, config.data.flip_labels), (evaluation, 0.0)):
         data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
         _check_pairs(data, index, loss)
-        found += [data, index.with_mismatched(config.seed) if loss.needs("mismatched") else index]
+        found += [data, index.with_mismatched(config.data_seed) if loss.needs("mismatched") else index]
     return Data._make([tokenizer, *found, *sft])
 
 

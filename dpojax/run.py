@@ -5,34 +5,26 @@ import functools
 import json
 import math
 import pathlib
-import shutil
 import time
 from typing import Any
 
 import jax
-import numpy as np
 
-from dpojax import checkpoint, evaluate, reference, report, selfcheck, sharding, winrate
+from dpojax import checkpoint, evaluate, report, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, bound_dtype, frozen_dtype, resolved_mode, to_dict
-from dpojax.data.packing import PackShape
-from dpojax.data.pipeline import groups_per_step
-from dpojax.data.tokens import copy_companions
-from dpojax.datasets import Data, open_data
+from dpojax.config import Config, frozen_dtype, to_dict
+from dpojax.datasets import Data
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, peak_memory, say
 from dpojax.models import hf, lora, peft
-from dpojax.models.table import num_params
-from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
+from dpojax.opening import Opened, open_run
+from dpojax.policy import Policy, reference_params
 from dpojax.stages import (
     Stage,
     Trace,
-    batch_shape,
     batch_stream,
-    describe_rows,
     fingerprints,
     origin,
-    packer,
     params_before_dpo,
     preference_passes,
     preference_program,
@@ -41,7 +33,7 @@ from dpojax.stages import (
     step_flops,
     train_stage,
 )
-from dpojax.train import TrainState, make_eval_step, make_token_logps_step, new_state
+from dpojax.train import TrainState, make_eval_step, new_state
 
 
 def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int = 0) -> dict[str, Any]:
@@ -60,59 +52,13 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
     finished = _finished(job)
     if finished is not None:
         return finished
-    if config.sample.num_prompts and evaluate.reward_name(config):
-        winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
-    data = open_data(job)
-    policy = open_policy(job, data)
-    _write_settings(job, data, policy)
-
-    params = params_before_dpo(job, data, policy)
-    mode, moving = resolved_mode(config), config.loss.make().moving
-    other = reference_params(job, policy) if config.reference.init else None
-    own_weights = checkpoint.checksums(params)
-    weights = own_weights if other is None else checkpoint.checksums(other)
-    base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
-    if mode == "none":
-        ref = None
-    elif base is not None and mode != "live" and other is None:
-        ref = base
-    else:
-        ref = reference.open_live(job, policy, params if other is None else other)
-    groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
-    shape = batch_shape(job, policy, [data.train_index, data.eval_index], groups)
-    kernel, reason = kernel_name(job, policy.config, shape.layout)
-    job.say(f"{describe_rows(shape)}, attention {kernel}{f' ({reason})' if reason else ''}")
-    anywhere, policy = policy, fitted(job, policy, shape)
-    trained, own_dtype = policy, config.model.param_dtype
-    if ref is not None and ref is not base:
-        _say_rounding(job, data, policy, params if other is None else other, ref, config.reference.dtype, shape, groups)
-    jax.tree.map(lambda x: x.delete(), other)
-    if config.lora.rank:
-        own_dtype = config.lora.base_dtype or own_dtype
-        trained = adapted(job, policy)
-        _say_rounding(job, data, policy, params, base, config.lora.base_dtype, shape, groups)
-        jax.tree.map(lambda x: x.delete(), params)  # the base has its own
-        params = initial_adapters(job, trained)
-        job.say(
-            f"adapters: {sum(x.size for x in jax.tree.leaves(params)):,} parameters trained, rank {config.lora.rank} on {config.lora.targets!r}"
-        )
-    full = (lambda params: params) if base is None else functools.partial(lora.join, base)
-    # What must hold is known where policy == reference: one that is rounded otherwise, or another one, is left out of it.
-    differs = ref is not None and (frozen_dtype(config) != own_dtype or bool(config.reference.init))
-    own_ref = full(params) if differs else ref
-    check = _self_check(job, data, policy, full(params), own_ref, shape)
-    caches: tuple[Any, Any] = (None, None)
-    if mode == "cached":
-        caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
-    sampler = evaluate.Sampling(job, data, anywhere) if config.sample.num_prompts and data.tokenizer is not None else None
-    eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
-    evaluation = _Evaluation(job, policy, full, None if moving else ref, eval_pack, groups, sampler)
-    train_pack = packer(job, data.train, data.train_index, shape, caches[0])
-    stage, optimizer = _dpo_stage(
-        job, data, trained, weights, own_weights, batch_stream(job, train_pack, groups, config.num_steps), groups
-    )
+    opened = open_run(job)
+    data, policy, params, full, ref, base = (getattr(opened, k) for k in ("data", "policy", "params", "full", "ref", "base"))
+    moving, sampler = config.loss.make().moving, opened.sampler
+    evaluation = _Evaluation(job, policy, full, None if moving else ref, opened.eval_pack, opened.groups, sampler)
+    stage, optimizer = preference_stage(job, opened)
     stage.evaluate = evaluation
-    state = start_state(job, stage, params, functools.partial(new_state, optimizer), trained, moving_ref=ref if moving else None)
+    state = start_state(job, stage, params, functools.partial(new_state, optimizer), opened.trained, moving_ref=ref if moving else None)
     del params  # the state has taken their memory
     ref = None if moving else ref
     start = int(state.step)
@@ -132,14 +78,28 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
         samples = sampler.compare(full(state.params), first)
     if config.export:
         _export(job, data, policy, full(state.params))
+    found = evaluation.scalars | {"skipped_steps": int(state.skipped)}
+    return finish_run(job, opened, stage, int(state.step), found, evaluation.results, samples, began)
+
+
+def finish_run(
+    job: Job, opened: Opened, stage: Stage, step: int, found: dict[str, Any], results: Any, samples: Any, began: float
+) -> dict[str, Any]:
+    """Writes summary.json and report.html, and says what came out.
+
+    Args:
+      found: scalars of the held-out pairs.
+      results: of the held-out pairs; samples: of policy and reference, or None.
+      began: when the run did, of time.monotonic().
+    """
+    data, check = opened.data, opened.check
     summary = {
-        "num_steps": int(state.step),
+        "num_steps": step,
         "pairs_per_second": stage.pairs / stage.seconds if stage.seconds else None,
         **stage.speed(),
         **peak_memory(),
         "seconds_compiling": sum(p.seconds for p in job.programs.values()),
-        "skipped_steps": int(state.skipped),
-        **evaluation.scalars,
+        **found,
         **(evaluate.judge_samples(job, samples) if samples else {}),
         "seconds": time.monotonic() - began,
         "programs": {p.name: {"compiled": p.compiled, "seconds": p.seconds} for p in job.programs.values()},
@@ -149,9 +109,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
     }
     if job.main_process:
         _write_summary(job, summary)
-        page = report.render_report(workdir.name, config, summary, job.log.rows(), evaluation.results, samples)
+        page = report.render_report(job.workdir.name, job.config, summary, job.log.rows(), results, samples)
         job.write_file("report.html", page)
-        _say_results(summary, workdir / "report.html", job)
+        _say_results(summary, job.workdir / "report.html", job)
     job.log.close()
     return summary
 
@@ -187,11 +147,10 @@ class _Evaluation:
         )
 
 
-def _dpo_stage(
-    job: Job, data: Data, policy: Policy, weights, own_weights: dict[str, str], batches, groups: int
-) -> tuple[Stage, Any]:
+def preference_stage(job: Job, opened: Opened) -> tuple[Stage, Any]:
     """The preference stage and its optimizer."""
-    c = job.config
+    c, data, policy, groups = job.config, opened.data, opened.trained, opened.groups
+    weights, own_weights = opened.weights, opened.own_weights
     loss = c.loss.make()
     schedule = preference_schedule(c)
     program, optimizer = preference_program(job, policy)
@@ -219,7 +178,7 @@ def _dpo_stage(
         prefix="",
         num_steps=c.num_steps,
         step_program=program,
-        batches=batches,
+        batches=batch_stream(job, opened.train_pack, groups, c.num_steps),
         schedule=schedule,
         checkpoints=Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep),
         meta={"config": to_dict(c), "fingerprints": prints, "model": dataclasses.asdict(policy.config)}
@@ -232,40 +191,6 @@ def _dpo_stage(
         flops=step_flops(policy.config, preference_passes(c)),
     )
     return stage, optimizer
-
-
-def _write_settings(job: Job, data: Data, policy: Policy) -> None:
-    """run.json and the tokenizer, so that the workdir can be used as a config and as model.init."""
-    job.write_file("run.json", json.dumps(to_dict(job.config), indent=2) + "\n")
-    if not job.main_process:
-        return
-    folder = job.workdir / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    beside = None if policy.weights is None else policy.weights.companions
-    generation = None if beside is None else beside / "generation_config.json"
-    if generation is not None and generation.is_file() and generation.resolve() != (folder / generation.name).resolve():
-        shutil.copyfile(generation, folder / generation.name)
-    if data.tokenizer is not None:  # its own files, whatever lies beside the weights
-        data.tokenizer.save(folder)
-    elif beside is not None:
-        copy_companions(beside, folder)
-
-
-def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:
-    """What storing a frozen tree in fewer bits does to its log-probs, on the first groups of the training data."""
-    if not dtype or dtype == job.config.model.param_dtype:
-        return
-    step = make_token_logps_step(policy.model, chunk=job.config.model.logps_chunk_tokens)
-    pack, values = packer(job, data.train, data.train_index, shape), []
-    for tree in (params, frozen):
-        program = job.program("rounding_pass", step, out_shardings=job.replicated)
-        token_logps = lambda batch, program=program, tree=tree: np.asarray(program(tree, job.put(batch)))
-        count = min(groups, len(data.train_index.rows))
-        values.append(reference.compute(pack, token_logps, num_groups=groups, count=count, progress=lambda n: None))
-    moved = np.abs(values[0] - values[1])
-    job.say(
-        f"{dtype} instead of {job.config.model.param_dtype}: a token's log-prob moves by {moved.mean():.1e} nats, at most {moved.max():.1e} ({moved.size:,} tokens)"
-    )
 
 
 def _finished(job: Job) -> dict[str, Any] | None:
@@ -284,37 +209,6 @@ def _finished(job: Job) -> dict[str, Any] | None:
         )
         return summary
     return None
-
-
-def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackShape) -> selfcheck.CheckResult | None:
-    """Runs the self-check where the config and the model's size ask for it, and says what it found."""
-    c = job.config
-    size = num_params(policy.config)
-    if c.self_check == "off" or (c.self_check == "auto" and size > 1e9):
-        job.say(f"self-check: skipped ({'off' if c.self_check == 'off' else 'over 1B parameters; self_check=full runs it'})")
-        return None
-    start = time.monotonic()
-    kernel, _ = kernel_name(job, policy.config, shape.layout)
-    # Every arrangement on the run's kernel, but for the oracle's, which is on plain XLA.
-    model_for = lambda own: build_model(job, policy.config, own, "xla" if own.layout == "separate" else kernel)
-    found = selfcheck.self_check(
-        model_for,
-        params,
-        ref,
-        packer(job, data.train, data.train_index, shape),
-        c.loss.make(),
-        dtype=bound_dtype(c),
-        num_shards=sharding.num_shards(job.mesh),
-        put=job.put,
-        program=job.program,
-    )
-    closed = "no closed form" if found.expected is None else f"= {found.expected:.6f}"
-    job.say(
-        f"self-check: loss {found.loss:.6f} {closed} at policy == reference; noise floor of the log-ratios {found.noise_nats:.0e} nats, "
-        f"{found.worst_ratio:.0e} of the log-probs; order, padding, micro-batches and layout move a token by {found.worst_layout:.0e} "
-        f"nats ({duration(time.monotonic() - start)})"
-    )
-    return found
 
 
 def _export(job: Job, data: Data, policy: Policy, params) -> None:

@@ -381,7 +381,7 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
             "mask_template": data.mask_template,
             "chat_template": None if data.reader.chat is None else checkpoint.digest(data.reader.chat[:3]),
         },
-        "seed": {"seed": c.seed, "shuffle": c.data.shuffle},
+        "seed": {"seed": c.seed, "data": c.data_seed, "shuffle": c.data.shuffle},
         **more,
     }
 
@@ -427,7 +427,7 @@ def batch_stream(job: Job, pack: PackGroups, groups: int, num_steps: int):
     """First step -> the batches from there on."""
     c = job.config
     return lambda start: train_batches(
-        pack, num_groups=groups, seed=c.seed, shuffle=c.data.shuffle, start=start, stop=num_steps, workers=c.data.workers
+        pack, num_groups=groups, seed=c.data_seed, shuffle=c.data.shuffle, start=start, stop=num_steps, workers=c.data.workers
     )
 
 

@@ -654,7 +654,6 @@ def make_train_step(
       moving: (alpha, tau): the reference is the state's, and every tau steps that were not skipped it becomes
         alpha params + (1 - alpha) ref (TR-DPO, arXiv:2404.09656).
     """
-
     update = make_update(optimizer, spike_factor=spike_factor, skip_spikes=skip_spikes, moving=moving)
 
     def step(state: TrainState, ref_params, batch: PackedBatch, details, base=None) -> tuple[TrainState, StepMetrics]:
@@ -745,10 +744,16 @@ def _move(ref: Any, params: Any, alpha: float, due) -> Any:
     return jax.lax.cond(due, lambda: jax.tree.map(mixed, ref, params), lambda: ref)
 
 
-def make_eval_step(model: Model, loss: Loss, *, chunk: int):
-    """The evaluation (params, ref_params, batch, shift) -> PairResults, [M, A, P]; shift is the state's reward_mean."""
+def make_eval_step(model: Model, loss: Loss, *, chunk: int, ref_logps: bool = False):
+    """The evaluation (params, ref_params, batch, shift) -> PairResults, [M, A, P]; shift is the state's reward_mean.
+
+    Args:
+      ref_logps: the second argument is the reference's token log-probs [M, A, T], or None, and not its parameters.
+    """
 
     def step(params, ref_params, batch: PackedBatch, shift) -> PairResults:
+        if ref_logps:
+            ref_params, batch = None, batch._replace(ref_logps=ref_params)
         scores = step_scores(model, loss, params, ref_params, batch, chunk=chunk, details=True)
         return step_results(loss, batch, scores, shift)
 
@@ -766,3 +771,10 @@ def make_token_logps_step(model: Model, *, chunk: int):
         return jax.lax.fori_loop(0, batch.num_micro, body, jnp.zeros(batch.target.shape, jnp.float32))
 
     return step
+
+
+def reference_logps(model: Model, ref_params, batch: PackedBatch, chunk: int) -> Float[Array, "M A T"] | None:
+    """The reference's token log-probs of a step: the batch's cache, those of `ref_params`, or None where there is neither."""
+    if batch.ref_logps is not None or ref_params is None:
+        return batch.ref_logps
+    return make_token_logps_step(model, chunk=chunk)(ref_params, batch)

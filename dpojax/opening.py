@@ -1,0 +1,169 @@
+"""Config -> everything that the preference stage starts from: data, policy, reference, rows, self-check, samplers."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpojax import checkpoint, evaluate, reference, selfcheck, sharding, winrate
+from dpojax.config import bound_dtype, frozen_dtype, resolved_mode, to_dict
+from dpojax.data.packing import PackShape
+from dpojax.data.pipeline import PackGroups, groups_per_step
+from dpojax.data.tokens import copy_companions
+from dpojax.datasets import Data, open_data
+from dpojax.job import Job
+from dpojax.metrics import duration
+from dpojax.models import lora
+from dpojax.models.table import num_params
+from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
+from dpojax.stages import batch_shape, describe_rows, packer, params_before_dpo
+from dpojax.train import make_token_logps_step
+
+
+@dataclasses.dataclass
+class Opened:
+    """What the preference stage starts from."""
+
+    data: Data
+    policy: Policy  # fitted to the rows
+    trained: Policy  # the same, or its adapters
+    params: Any  # trained ones before the first step; the stage's state takes their memory
+    base: Any  # frozen parameters under adapters, or None
+    ref: Any  # the reference's parameters; None where there is none, or a cache in their place
+    full: Callable[[Any], Any]  # trained parameters -> the policy's
+    groups: int  # per step
+    train_pack: PackGroups
+    eval_pack: PackGroups
+    weights: dict[str, str]  # checksums of the reference's parameters
+    own_weights: dict[str, str]  # and of the policy's before the stage
+    sampler: evaluate.Sampling | None
+    check: selfcheck.CheckResult | None
+
+
+def open_run(job: Job) -> Opened:
+    """Opens everything, after the SFT stage where there is one.
+
+    Raises: DpojaxError for what a user can mend.
+    """
+    config = job.config
+    if config.sample.num_prompts and evaluate.reward_name(config):
+        winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
+    data = open_data(job)
+    policy = open_policy(job, data)
+    write_settings(job, data, policy)
+
+    params = params_before_dpo(job, data, policy)
+    mode = resolved_mode(config)
+    other = reference_params(job, policy) if config.reference.init else None
+    own_weights = checkpoint.checksums(params)
+    weights = own_weights if other is None else checkpoint.checksums(other)
+    base = reference.open_frozen(job, policy, params, config.lora.base_dtype, {}) if config.lora.rank else None
+    if mode == "none":
+        ref = None
+    elif base is not None and mode != "live" and other is None:
+        ref = base
+    else:
+        ref = reference.open_live(job, policy, params if other is None else other)
+    groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
+    shape = batch_shape(job, policy, [data.train_index, data.eval_index], groups)
+    kernel, reason = kernel_name(job, policy.config, shape.layout)
+    job.say(f"{describe_rows(shape)}, attention {kernel}{f' ({reason})' if reason else ''}")
+    anywhere, policy = policy, fitted(job, policy, shape)
+    trained, own_dtype = policy, config.model.param_dtype
+    if ref is not None and ref is not base:
+        _say_rounding(job, data, policy, params if other is None else other, ref, config.reference.dtype, shape, groups)
+    jax.tree.map(lambda x: x.delete(), other)
+    if config.lora.rank:
+        own_dtype = config.lora.base_dtype or own_dtype
+        trained = adapted(job, policy)
+        _say_rounding(job, data, policy, params, base, config.lora.base_dtype, shape, groups)
+        jax.tree.map(lambda x: x.delete(), params)  # the base has its own
+        params = initial_adapters(job, trained)
+        job.say(
+            f"adapters: {sum(x.size for x in jax.tree.leaves(params)):,} parameters trained, rank {config.lora.rank} on {config.lora.targets!r}"
+        )
+    full = (lambda params: params) if base is None else functools.partial(lora.join, base)
+    # What must hold is known where policy == reference: one that is rounded otherwise, or another one, is left out of it.
+    differs = ref is not None and (frozen_dtype(config) != own_dtype or bool(config.reference.init))
+    own_ref = full(params) if differs else ref
+    check = _self_check(job, data, policy, full(params), own_ref, shape)
+    caches: tuple[Any, Any] = (None, None)
+    if mode == "cached":
+        caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
+    sampler = evaluate.Sampling(job, data, anywhere) if config.sample.num_prompts and data.tokenizer is not None else None
+    eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
+    train_pack = packer(job, data.train, data.train_index, shape, caches[0])
+    packs = dict(train_pack=train_pack, eval_pack=eval_pack)
+    rest = dict(weights=weights, own_weights=own_weights, sampler=sampler, check=check)
+    return Opened(data, policy, trained, params, base, ref, full, groups, **packs, **rest)
+
+
+def write_settings(job: Job, data: Data, policy: Policy) -> None:
+    """run.json and the tokenizer, so that the workdir can be used as a config and as model.init."""
+    job.write_file("run.json", json.dumps(to_dict(job.config), indent=2) + "\n")
+    if not job.main_process:
+        return
+    folder = job.workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    beside = None if policy.weights is None else policy.weights.companions
+    generation = None if beside is None else beside / "generation_config.json"
+    if generation is not None and generation.is_file() and generation.resolve() != (folder / generation.name).resolve():
+        shutil.copyfile(generation, folder / generation.name)
+    if data.tokenizer is not None:  # its own files, whatever lies beside the weights
+        data.tokenizer.save(folder)
+    elif beside is not None:
+        copy_companions(beside, folder)
+
+
+def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:
+    """What storing a frozen tree in fewer bits does to its log-probs, on the first groups of the training data."""
+    if not dtype or dtype == job.config.model.param_dtype:
+        return
+    step = make_token_logps_step(policy.model, chunk=job.config.model.logps_chunk_tokens)
+    pack, values = packer(job, data.train, data.train_index, shape), []
+    for tree in (params, frozen):
+        program = job.program("rounding_pass", step, out_shardings=job.replicated)
+        token_logps = lambda batch, program=program, tree=tree: np.asarray(program(tree, job.put(batch)))
+        count = min(groups, len(data.train_index.rows))
+        values.append(reference.compute(pack, token_logps, num_groups=groups, count=count, progress=lambda n: None))
+    moved = np.abs(values[0] - values[1])
+    job.say(
+        f"{dtype} instead of {job.config.model.param_dtype}: a token's log-prob moves by {moved.mean():.1e} nats, at most {moved.max():.1e} ({moved.size:,} tokens)"
+    )
+
+
+def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackShape) -> selfcheck.CheckResult | None:
+    """Runs the self-check where the config and the model's size ask for it, and says what it found."""
+    c = job.config
+    size = num_params(policy.config)
+    if c.self_check == "off" or (c.self_check == "auto" and size > 1e9):
+        job.say(f"self-check: skipped ({'off' if c.self_check == 'off' else 'over 1B parameters; self_check=full runs it'})")
+        return None
+    start = time.monotonic()
+    kernel, _ = kernel_name(job, policy.config, shape.layout)
+    # Every arrangement on the run's kernel, but for the oracle's, which is on plain XLA.
+    model_for = lambda own: build_model(job, policy.config, own, "xla" if own.layout == "separate" else kernel)
+    found = selfcheck.self_check(
+        model_for,
+        params,
+        ref,
+        packer(job, data.train, data.train_index, shape),
+        c.loss.make(),
+        dtype=bound_dtype(c),
+        num_shards=sharding.num_shards(job.mesh),
+        put=job.put,
+        program=job.program,
+    )
+    closed = "no closed form" if found.expected is None else f"= {found.expected:.6f}"
+    job.say(
+        f"self-check: loss {found.loss:.6f} {closed} at policy == reference; noise floor of the log-ratios {found.noise_nats:.0e} nats, "
+        f"{found.worst_ratio:.0e} of the log-probs; order, padding, micro-batches and layout move a token by {found.worst_layout:.0e} "
+        f"nats ({duration(time.monotonic() - start)})"
+    )
+    return found
