@@ -71,6 +71,7 @@ class Sampling:
         )
         self.scorer = job.program("scorer", scorer, out_shardings=job.replicated)
         self._scorer_function, self._ref_scorer = scorer, None
+        self._of_reference: tuple[Any, list[list[int]]] | None = None  # the tree, and its samples
 
     @property
     def from_the_policy(self) -> bool:
@@ -103,12 +104,17 @@ class Sampling:
         """Policy and reference answer the same prompts. `ref` may have another dtype and sharding than `params`."""
         job, tokenizer = self.job, self.tokenizer
         sampled = {}
+        if self._of_reference and self._of_reference[0] is ref:  # another run of a sweep has asked for them
+            sampled["reference"] = self._of_reference[1]
         for name, tree, seed in (("policy", params, job.config.seed), ("reference", ref, job.config.seed + 1)):
+            if name in sampled:
+                continue
             progress = job.progress(f"sampling from the {name}", len(self.prompts), "prompts")
             tree = reference.like(tree, params)
             options = dict(settings=self.settings, seed=seed, progress=progress)
             sampled[name] = [r.ids for r in sampling.generate(self.sampler, tree, self.prompts, **options, **self.common)]
             progress.close(f"{sum(map(len, sampled[name])):,} tokens")
+        self._of_reference = (ref, sampled["reference"])
         texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
         result = {"prompts": [tokenizer.decode(p) for p in self.prompts], "texts": texts, "ids": sampled}
         asked = (self.data.eval.text_group(row).prompt for row in self.rows)

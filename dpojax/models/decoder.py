@@ -114,8 +114,9 @@ def _map(w: Params, equation: str, x, name: str, adapter: Adapter | None, key):
     if key is not None:  # inverted dropout of the adapter's input alone
         keep = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), 1 - adapter.dropout, x.shape)
         x = jnp.where(keep, x / (1 - adapter.dropout), 0).astype(x.dtype)
-    low = jnp.einsum(f"{inputs},{into}Z->...Z", x, w[f"{name}{LORA_A}"])
-    return y + adapter.scale * jnp.einsum(f"...Z,Z{matrix.replace(into, '', 1)}->{out}", low, w[f"{name}{LORA_B}"])
+    rest = "".join(c for c in inputs if c not in into)
+    low = jnp.einsum(f"{inputs},{into}Z->{rest}Z", x, w[f"{name}{LORA_A}"])
+    return y + adapter.scale * jnp.einsum(f"{rest}Z,Z{matrix.replace(into, '', 1)}->{out}", low, w[f"{name}{LORA_B}"])
 
 
 def _attend(w: Params, y, context: Context, window, cache, *, config: ModelConfig, attention, project, norm):
