@@ -118,9 +118,7 @@ def scores_by_shard(
 
     of_ref = None if ref is None else Reference(jax.tree.map(lambda x: P(), ref.head), rows)
     specs = (own, rows, of_ref, rows, rows, P(), P())
-    mapped = jax.shard_map(
-        one, mesh=spread.mesh, in_specs=specs, out_specs=rows, axis_names=set(spread.axes), check_vma=False
-    )
+    mapped = jax.shard_map(one, mesh=spread.mesh, in_specs=specs, out_specs=rows, axis_names=set(spread.axes), check_vma=False)
     return mapped(head, hidden, ref, predictor, target, count, details)
 
 

@@ -92,8 +92,12 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # jax raises RuntimeError, XLA its own, by version
         if "libtpu" in str(error).lower() or "not found" in str(error).lower() or isinstance(error, ImportError):
-            raise ConfigError(f"--topology={name}: the TPU compiler is not here ({error}); pip install 'dpojax[tpu]'") from error
-        raise ConfigError(f"--topology={name!r}: the TPU compiler does not know it: {str(error).splitlines()[0]:.200}") from error
+            raise ConfigError(
+                f"--topology={name}: the TPU compiler is not here ({error}); pip install 'dpojax[tpu]'"
+            ) from error
+        raise ConfigError(
+            f"--topology={name!r}: the TPU compiler does not know it: {str(error).splitlines()[0]:.200}"
+        ) from error
     return Topology(name, chip, list(found.devices), num_slices)
 
 
@@ -149,9 +153,7 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     """The preference step of `config` on the topology's devices, as run.py makes it, from shapes alone."""
-    mesh = sharding.config_mesh(
-        dataclasses.replace(config.mesh, num_slices=topology.num_slices), topology.devices
-    )
+    mesh = sharding.config_mesh(dataclasses.replace(config.mesh, num_slices=topology.num_slices), topology.devices)
     job = Job(config, pathlib.Path(), mesh, MetricsLog(pathlib.Path(), enabled=False), NeverStop())
     model = planned_model(config)
     drawn = draw_lengths(lengths, max_prompt=config.data.max_prompt_tokens, max_response=config.data.max_response_tokens)
@@ -365,9 +367,7 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
         layout=describe_rows(program.shape),
     )
     if peak > topology.chip.hbm:
-        raise FitError(
-            f"{topology.name}: a device needs {plan.hbm_gib:.2f} GiB and has {plan.available_gib:.2f} GiB; {ADVICE}"
-        )
+        raise FitError(f"{topology.name}: a device needs {plan.hbm_gib:.2f} GiB and has {plan.available_gib:.2f} GiB; {ADVICE}")
     return plan
 
 
@@ -482,7 +482,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--topology", required=True, help=f"{', '.join(CHIPS)} and a shape: v5e:16x16, v6e:8x8, v5p:4x4x4")
     made.add_argument("--num_slices", type=int, default=1, help="slices of this topology; the data axis alone crosses them")
     made.add_argument(
-        "--lengths", default="ultrafeedback", help=f"lengths of the data: {', '.join(QUANTILES)}, or full: all as long as may be"
+        "--lengths",
+        default="ultrafeedback",
+        help=f"lengths of the data: {', '.join(QUANTILES)}, or full: all as long as may be",
     )
     made.add_argument("--table", action="store_true", help="a grid over reference modes, remat policies and batch sizes")
     made.add_argument("--modes", default="live,live int8,cached,adapter", help="of the grid")
@@ -520,7 +522,9 @@ def main(argv: Sequence[str]) -> int:
                 f"({best['hbm_gib']:.2f} GiB, {best['pairs_per_second']:,.0f} pairs/s at the roofline)"
             )
         else:
-            say(f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ...")
+            say(
+                f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ..."
+            )
             plan = make_plan(config, topology, args.lengths, hlo=args.hlo)
             show(plan, config)
             found = plan_json(plan)

@@ -117,9 +117,7 @@ def kernel_name(job: Job, config: ModelConfig, layout: str) -> tuple[str, str]:
 
 def fitted(job: Job, policy: Policy, shape: PackShape) -> Policy:
     """The policy with the model for rows of this shape alone, on the kernel that model.attention asks for."""
-    return policy._replace(
-        model=build_model(job, policy.config, shape, kernel_name(job, policy.config, shape.layout)[0])
-    )
+    return policy._replace(model=build_model(job, policy.config, shape, kernel_name(job, policy.config, shape.layout)[0]))
 
 
 def place_decoder(

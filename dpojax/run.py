@@ -58,7 +58,9 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
     evaluation = _Evaluation(job, policy, full, None if moving else ref, opened.eval_pack, opened.groups, sampler)
     stage, optimizer = preference_stage(job, opened)
     stage.evaluate = evaluation
-    state = start_state(job, stage, params, functools.partial(new_state, optimizer), opened.trained, moving_ref=ref if moving else None)
+    state = start_state(
+        job, stage, params, functools.partial(new_state, optimizer), opened.trained, moving_ref=ref if moving else None
+    )
     del params  # the state has taken their memory
     ref = None if moving else ref
     start = int(state.step)
@@ -268,6 +270,10 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
         say(
             f"step {summary['step_time_p50_s']:.3f} s (median), {summary['step_time_p99_s']:.3f} s (99th percentile); {rate}"
             f"{summary['useful_tflops']:.3g} useful TFLOP/s{mfu}; compiled for {duration(summary['seconds_compiling'])}; "
-            + ", ".join(f"{k.removeprefix('peak_').removesuffix('_gib').replace('_', ' ')} {v:.2f} GiB" for k, v in summary.items() if k.startswith("peak_"))
+            + ", ".join(
+                f"{k.removeprefix('peak_').removesuffix('_gib').replace('_', ' ')} {v:.2f} GiB"
+                for k, v in summary.items()
+                if k.startswith("peak_")
+            )
         )
     say(f"done in {duration(summary['seconds'])}: {path}")

@@ -63,7 +63,9 @@ def make_mesh(
         # No slices are known: neighbouring processes (or devices of one process, simulated) make one.
         placed = np.asarray(devices).reshape(sizes)
     else:
-        raise ConfigError(f"mesh.num_slices={num_slices}: the devices belong to {len(slices)} slice(s) and {jax.process_count()} processes")
+        raise ConfigError(
+            f"mesh.num_slices={num_slices}: the devices belong to {len(slices)} slice(s) and {jax.process_count()} processes"
+        )
     return Mesh(placed, MESH_AXES, axis_types=types)
 
 

@@ -190,7 +190,9 @@ def _stage(job: Job, opened: Opened, jobs: list[Job], together: str) -> tuple[Sw
     program = job.program("sweep_step", step, donate_argnums=0, out_shardings=(shardings, job.replicated))
     solo, _ = preference_stage(job, opened)
     fields = {f.name: getattr(solo, f.name) for f in dataclasses.fields(Stage)}
-    differ = [{"loss": dataclasses.asdict(j.config.loss), "rate": j.config.optim.learning_rate, "seed": j.config.seed} for j in jobs]
+    differ = [
+        {"loss": dataclasses.asdict(j.config.loss), "rate": j.config.optim.learning_rate, "seed": j.config.seed} for j in jobs
+    ]
     prints = {**solo.meta["fingerprints"], "loss": differ}
     flops = lambda sizes: solo.flops(sizes) * count  # the shared reference counts for each run: it is what a solo run needs
     checkpoints = Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep)
@@ -199,7 +201,10 @@ def _stage(job: Job, opened: Opened, jobs: list[Job], together: str) -> tuple[Sw
     stage.jobs, stage.troubled = jobs, set()
     stage.schedules = [
         make_schedule(
-            c.optim.schedule, learning_rate=j.config.optim.learning_rate, warmup_steps=c.optim.warmup_steps, num_steps=c.num_steps
+            c.optim.schedule,
+            learning_rate=j.config.optim.learning_rate,
+            warmup_steps=c.optim.warmup_steps,
+            num_steps=c.num_steps,
         )
         for j in jobs
     ]
@@ -303,7 +308,8 @@ def run_sweep(runs: Mapping[str, Config], workdir: pathlib.Path, stop: Stop, *, 
     if not evaluation.results:
         evaluation(int(state.step), state, log=False)
     return {
-        name: _finish(own, opened, stage, state, n, evaluation, began) for n, (name, own) in enumerate(zip(runs, jobs, strict=True))
+        name: _finish(own, opened, stage, state, n, evaluation, began)
+        for n, (name, own) in enumerate(zip(runs, jobs, strict=True))
     }
 
 
@@ -354,7 +360,9 @@ def main(argv: Sequence[str]) -> int:
             elif name.startswith("sweep."):
                 grid[name.removeprefix("sweep.")] = value.split(",")
             else:
-                raise ConfigError(f"--{name}={value}: unknown; there are --config, --workdir, --together, --config.KEY, --sweep.KEY")
+                raise ConfigError(
+                    f"--{name}={value}: unknown; there are --config, --workdir, --together, --config.KEY, --sweep.KEY"
+                )
         if not spec or not grid:
             raise ConfigError("--config=FILE and at least one --sweep.KEY=A,B are needed")
         values = load_config_file(spec)

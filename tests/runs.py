@@ -100,7 +100,13 @@ def by_jax(count, i, port):
 def by_slurm(count, i, port):
     """What srun tells each task; the port comes from the job's number."""
     job = 4096 * 3 + port % 4096  # JAX takes 61440 + job % 4096
-    own = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": count, "SLURM_PROCID": i, "SLURM_LOCALID": i}
+    own = {
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": count,
+        "SLURM_PROCID": i,
+        "SLURM_LOCALID": i,
+    }
     return {k: str(v) for k, v in own.items()}
 
 

@@ -15,14 +15,28 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from runs import ROOT, by_slurm, command, environment, free_port, losses, numbers, rows, run, start, start_several, start_two, wait_for
+from runs import (
+    ROOT,
+    by_slurm,
+    command,
+    environment,
+    free_port,
+    losses,
+    numbers,
+    rows,
+    run,
+    start,
+    start_several,
+    start_two,
+    wait_for,
+)
 
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import from_config_dict, load_config_file
-from dpojax.launch import launcher
 from dpojax.data.pipeline import _name_failures
 from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
+from dpojax.launch import launcher
 from dpojax.main import make_workdir
 from dpojax.models import hf
 from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, new_state

@@ -51,7 +51,9 @@ def value_and_gradients(kernel, rows, inputs, *, window=None, softcap=None):
 
 def assert_equal_to_the_rule(kernel, rows, inputs, *, atol=3e-6, **options):
     for a, b in zip(
-        value_and_gradients(kernel, rows, inputs, **options), value_and_gradients(masked(), rows, inputs, **options), strict=True
+        value_and_gradients(kernel, rows, inputs, **options),
+        value_and_gradients(masked(), rows, inputs, **options),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
@@ -222,7 +224,9 @@ def test_scores_by_shard_equal_those_of_one_device_with_gradients(mesh, tied):
         return np.where(mb.weight > 0, logps, 0), grads
 
     abstract = jax.eval_shape(lambda: params)
-    placed = jax.device_put(params, sharding.param_shardings(abstract, spread.axes, on, sharding.RULES | {"embed": "fsdp,sequence"}))
+    placed = jax.device_put(
+        params, sharding.param_shardings(abstract, spread.axes, on, sharding.RULES | {"embed": "fsdp,sequence"})
+    )
     (a, ga), (b, gb) = run(spread, placed), run(plain, params)
     np.testing.assert_allclose(a, b, atol=2e-5)
     norm = np.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(gb)))

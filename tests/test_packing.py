@@ -1,6 +1,5 @@
 """Layouts, isolation and the attention rule, against unpadded sequences and the separate layout."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

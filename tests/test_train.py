@@ -319,7 +319,9 @@ def test_useful_flops_are_those_of_every_matrix_once_per_token():
         pairs += int(visible(i, j, *args, distance, window or 10**6).sum())
     prompts, responses = [len(g.prompt) for g in made], [[len(r) for r in g.responses] for g in made]
     tokens, scored = sum(prompts) + sum(map(sum, responses)), sum(map(sum, responses))
-    expected = 2 * c.num_layers * layer * tokens + 4 * c.num_heads * c.head_dim * pairs + 2 * c.hidden_size * c.vocab_size * scored
+    expected = (
+        2 * c.num_layers * layer * tokens + 4 * c.num_heads * c.head_dim * pairs + 2 * c.hidden_size * c.vocab_size * scored
+    )
     assert forward_flops(c, prompts, responses) == expected
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12 and peak_flops("cpu") is None
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12

@@ -57,7 +57,15 @@ def groups(rng: np.random.Generator, count: int, *, responses: int = 2, longest:
 
 
 def pack(
-    made: list[TokenGroup], *, layout="shared", row_tokens=128, shard_rows=2, num_shards=1, num_groups=None, shards=None, row_groups=0
+    made: list[TokenGroup],
+    *,
+    layout="shared",
+    row_tokens=128,
+    shard_rows=2,
+    num_shards=1,
+    num_groups=None,
+    shards=None,
+    row_groups=0,
 ):
     """(batch, shape) of one step. In slots, the prompts' is as long as their longest and what is left over."""
     prompts = [len(g.prompt) for g in made]

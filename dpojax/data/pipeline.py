@@ -126,7 +126,9 @@ class Work(NamedTuple):
 
     token: float = 1.0  # of a token of a row, outside attention
     pair: float = 0.0  # of a query and a key
-    micro_batch: float = 32.0  # of a micro-batch, in tokens: adding up a gradient moves 12 bytes a parameter, a token takes 6 FLOPs
+    micro_batch: float = (
+        32.0  # of a micro-batch, in tokens: adding up a gradient moves 12 bytes a parameter, a token takes 6 FLOPs
+    )
 
 
 class Lengths(NamedTuple):
@@ -261,7 +263,9 @@ def make_shape(
                 found = (steps.cost(rows_used, *found[2:0:-1], found[3]), *found[1:])
                 best = found if best is None or found[0] < best[0] else best
         if best is None:
-            raise ConfigError(f"data.row_tokens={row_tokens}: no slots of this length hold the longest prompt and responses; set 0")
+            raise ConfigError(
+                f"data.row_tokens={row_tokens}: no slots of this length hold the longest prompt and responses; set 0"
+            )
         _, length, rows, slots = best
         if bound_groups and slots is None:
             # A sequence has a place of its own in memory: rows of many short groups are left to another row.

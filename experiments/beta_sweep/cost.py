@@ -21,7 +21,12 @@ BETAS = ("0.02", "0.03", "0.05", "0.1", "0.2", "0.3", "0.5", "1.0")
 def numbers(folder: pathlib.Path) -> dict[tuple[int, str], float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     times = ("second", "step_time", "tflops", "mfu")
-    return {(r["step"], k): v for r in rows for k, v in r.items() if v is not None and not any(t in k for t in times) and "sft" not in k}
+    return {
+        (r["step"], k): v
+        for r in rows
+        for k, v in r.items()
+        if v is not None and not any(t in k for t in times) and "sft" not in k
+    }
 
 
 def main() -> None:

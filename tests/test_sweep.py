@@ -1,0 +1,95 @@
+"""Runs trained in one program: each equals its solo run, also after a stop."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import ROOT, command, environment, numbers, run, wait_for
+
+from dpojax import sweep
+from dpojax.config import load_config_file
+from dpojax.errors import ConfigError
+
+
+def sweep_command(files, workdir, *grid, **changes):
+    argv = command(files, workdir, **changes)
+    return [sys.executable, "-m", "dpojax.sweep", *argv[3:], *grid]
+
+
+def run_sweep(files, workdir, *grid, **changes):
+    argv = sweep_command(files, workdir, *grid, **changes)
+    done = subprocess.run(argv, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def assert_equal_runs(found, solo, atol=2e-5):
+    a, b = numbers(found), numbers(solo)
+    shared = [k for k in b if k in a]
+    assert {"loss", "grad_norm", "rewards/margins", "eval_loss", "learning_rate"} <= {k[1] for k in shared}
+    np.testing.assert_allclose([a[k] for k in shared], [b[k] for k in shared], rtol=1e-4, atol=atol)
+
+
+def test_each_run_of_a_sweep_equals_its_solo_run(files, plain, tmp_path):
+    output = run_sweep(
+        files, tmp_path, "--sweep.loss.beta=0.1,0.4", "--sweep.loss.name=sigmoid,ipo", "--sweep.optim.learning_rate=1e-3"
+    )
+    assert "4 runs in one program" in output and "program sweep_step: compiled 1 time(s)" in output
+    names = {p.name for p in tmp_path.glob("beta=*")}
+    assert names == {f"beta={b},name={n},learning_rate=1e-3" for b in (0.1, 0.4) for n in ("sigmoid", "ipo")}
+    assert_equal_runs(tmp_path / "beta=0.1,name=sigmoid,learning_rate=1e-3", plain[0])  # the plain run has beta 0.1
+    summary = json.loads((tmp_path / "beta=0.4,name=ipo,learning_rate=1e-3/summary.json").read_text())
+    assert summary["runs_together"] == 4 and summary["num_steps"] == 6
+    # What a run leaves is what dpojax.main leaves: it can be gone on from, and loaded.
+    again = run(
+        files,
+        tmp_path / "beta=0.4,name=sigmoid,learning_rate=1e-3",
+        num_steps=8,
+        **{"loss.beta": 0.4, "optim.learning_rate": 1e-3},
+    )
+    assert "resumed at step 6" in again
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_and_a_learning_rate_is_that_of_the_solo_run(files, tmp_path):
+    grid = "--sweep.optim.learning_rate=1e-3,3e-4"
+    argv = sweep_command(files, tmp_path / "a", grid)
+    process = subprocess.Popen(argv, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(process, "DPO 3/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "resumed at step" in run_sweep(files, tmp_path / "a", grid)
+    run(files, tmp_path / "solo", **{"optim.learning_rate": 3e-4})
+    assert_equal_runs(tmp_path / "a/learning_rate=3e-4", tmp_path / "solo")
+
+
+@pytest.mark.slow
+def test_seeds_of_adapters_are_those_of_their_solo_runs(files, plain, tmp_path):
+    model = {"model.hidden_size": None, "model.intermediate_size": None, "model.head_dim": None, "model.init": plain[0]}
+    settings = {**model, "lora.rank": 2, "lora.dropout": 0.1, "data.seed": 3, "tokenizer": files / "tokenizer.model"}
+    for together in ("vmap", "loop"):
+        run_sweep(files, tmp_path / together, "--sweep.seed=1,2", f"--together={together}", **settings)
+    run(files, tmp_path / "solo", **settings, seed=2)
+    assert_equal_runs(tmp_path / "vmap/seed=2", tmp_path / "solo")
+    assert_equal_runs(tmp_path / "loop/seed=2", tmp_path / "solo")
+    first, second = (numbers(tmp_path / f"vmap/seed={s}")[6, "loss"] for s in (1, 2))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("grid", "overrides", "message"),
+    [
+        ({"batch_size": ["8", "16"]}, {}, "differ in loss"),
+        ({"loss.name": ["sigmoid", "aot"]}, {}, "couples the pairs"),
+        ({"seed": ["1", "2"]}, {}, "set lora.rank"),
+        ({"loss.beta": ["0.1", "0.1"]}, {}, "stands there twice"),
+        ({"loss.beta": ["0.1", "-1"]}, {}, "beta"),
+    ],
+)
+def test_what_a_sweep_cannot_do_is_said(grid, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.combinations(load_config_file(str(ROOT / "configs/tldr.py")), grid)
