@@ -344,7 +344,7 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     if not argv or {"--help", "-h"} & set(argv):
-        print(__doc__ + "\n--together=auto|vmap|loop says whether the runs of a step are computed side by side.")
+        print(f"{__doc__}\n--together=auto|vmap|loop says whether the runs of a step are computed side by side.")
         return 0
     try:
         spec, workdir, together, overrides, grid = "", None, "auto", {}, {}
@@ -369,7 +369,7 @@ def main(argv: Sequence[str]) -> int:
         for key, text in overrides.items():
             apply_override(values, key, text)
         runs = combinations(values, grid)
-        folder = make_workdir(workdir, spec + "-sweep" if workdir is None else spec)
+        folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
         jax.config.update("jax_threefry_partitionable", True)
         found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)
         keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")

@@ -195,6 +195,7 @@ needs_peft = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @needs_peft
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
@@ -276,6 +277,7 @@ def test_experts_equal_computing_every_one_with_gradients():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), ga, gb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(data=8, tensor=1), dict(data=2, tensor=4)])
 def test_experts_spread_over_a_mesh_give_the_same(mesh):
     config = ModelConfig(**{**vars(MIXTURE), "num_experts": 8})
@@ -294,6 +296,7 @@ def test_experts_spread_over_a_mesh_give_the_same(mesh):
     assert float(optax.tree.norm(jax.tree.map(lambda x, y: x - jax.device_get(y), ga, gb)) / optax.tree.norm(ga)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigmoid", "aot"])
 def test_the_routers_loss_is_that_of_the_step_however_it_is_cut(name):
     model = decoder(MIXTURE)

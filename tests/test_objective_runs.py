@@ -239,6 +239,7 @@ def test_the_on_policy_kl_is_logged_beside_ktos_point_and_a_reference_may_lie_el
     assert "compiled reference_scorer" in output and np.isfinite(last["eval_on_policy_kl"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["</s>", "</s>,<unk>"])
 def test_formatting_tokens_are_masked_or_refused_where_no_response_holds_them(plain, files, tmp_path, names, capsys):
     from dpojax.main import main

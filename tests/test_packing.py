@@ -133,6 +133,7 @@ def test_best_fit_wastes_little_and_says_how_much():
     assert 1 <= packing < 1.10 and rounding >= 1  # 11 rows: the last one alone is 9 %
 
 
+@pytest.mark.slow
 def test_remat_is_on_and_changes_nothing():
     made = tiny.groups(np.random.default_rng(5), 3)
     batch = jax.tree.map(jnp.asarray, tiny.pack(made)[0])

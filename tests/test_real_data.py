@@ -51,6 +51,7 @@ def stories(request):
     return model, hf.load_params(folder, config, shardings, float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tldr", "hh"])
 def test_layouts_agree_on_real_triples_in_values_and_gradients(shared_data, stories, name):
     model, params = stories

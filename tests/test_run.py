@@ -39,6 +39,7 @@ def test_two_processes_give_the_losses_and_the_batches_of_one(plain, plain_two):
     assert tokens(plain_two) == tokens(plain[0])
 
 
+@pytest.mark.slow
 def test_a_cached_reference_gives_the_losses_of_a_live_one_and_is_checked_before_use(plain, files, tmp_path):
     run(files, tmp_path, **{"reference.mode": "cached"})
     np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)

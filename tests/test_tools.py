@@ -56,6 +56,7 @@ def run_generate(tmp_path, stories, *flags, prompts=None, code=0):
     return rows(out) if code == 0 else None
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "transformers"))), reason="torch and transformers are not installed"
@@ -76,6 +77,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path, stories):
         assert response["text"] == tokenizer.decode(response["ids"])
 
 
+@pytest.mark.slow
 def test_samples_come_with_their_log_probs_and_their_rows(tmp_path, stories, loaded, capfd):
     flags = ("--num_samples=2", "--max_new_tokens=16", "--token_logps", "--top_p=0.9", "--temperature=0.8", "--batch_size=2")
     found = run_generate(tmp_path, stories, *flags)

@@ -258,9 +258,9 @@ def make_shape(
             union = Lengths(np.concatenate([o.prompts for o in lengths]), [ys for o in lengths for ys in o.responses])
             other = _slot_candidates(union, micro_batch_tokens, row_tokens)
             if other:
-                found = Steps(lengths[0], **common, count=4).best(other, micro_batch_tokens)
-                rows_used = [len(plan) for plan in steps.plans(found[1], found[3])]
-                found = (steps.cost(rows_used, *found[2:0:-1], found[3]), *found[1:])
+                _, length, rows, slots = Steps(lengths[0], **common, count=4).best(other, micro_batch_tokens)
+                rows_used = [len(plan) for plan in steps.plans(length, slots)]
+                found = (steps.cost(rows_used, rows, length, slots), length, rows, slots)
                 best = found if best is None or found[0] < best[0] else best
         if best is None:
             raise ConfigError(

@@ -99,7 +99,8 @@ def _bias(blocks: Blocks, i, j, heads: int):
 
 def _forward(q, k, v, blocks: Blocks, softcap):
     """Output and log-sum-exp, block of queries by block, keys folded in one block at a time."""
-    heads = q.shape[3] // k.shape[3]
+    heads, first = q.shape[3] // k.shape[3], blocks.first
+    assert first is not None
 
     def queries(i, carry):
         def keys(j, state):
@@ -112,7 +113,7 @@ def _forward(q, k, v, blocks: Blocks, softcap):
 
         zero = jnp.zeros(q.shape[1:4], jnp.float32)
         start = (zero + MASKED, zero, jnp.zeros(q.shape[1:], jnp.float32))
-        top, total, out = jax.lax.fori_loop(blocks.first[i], i + 1, keys, start)
+        top, total, out = jax.lax.fori_loop(first[i], i + 1, keys, start)
         outs, lses = carry
         return outs.at[i].set((out / total[..., None]).astype(outs.dtype)), lses.at[i].set(top + jnp.log(total))
 
@@ -134,7 +135,8 @@ def _blocked_fwd(q, k, v, blocks, softcap):
 def _blocked_bwd(softcap, residuals, d_out):
     """Scores are computed anew from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 2.3.2)."""
     q, k, v, blocks, out, lse = residuals
-    heads = q.shape[3] // k.shape[3]
+    heads, first = q.shape[3] // k.shape[3], blocks.first
+    assert first is not None
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def queries(i, carry):
@@ -152,7 +154,7 @@ def _blocked_bwd(softcap, residuals, d_out):
 
         dqs, dk, dv = carry
         start = (jnp.zeros(q.shape[1:], jnp.float32), dk, dv)
-        dq, dk, dv = jax.lax.fori_loop(blocks.first[i], i + 1, keys, start)
+        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, keys, start)
         return dqs.at[i].set(dq), dk, dv
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))

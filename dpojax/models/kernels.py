@@ -115,7 +115,8 @@ def splash_lanes(shape: PackShape, windows: tuple[int, ...], *, interpret: bool)
         flat = lambda x: jnp.pad(x.reshape(rows * count, size, *x.shape[3:]), ((0, 0), (0, padded - size), (0, 0), (0, 0)))
         segment = jnp.pad(lanes.segment.reshape(rows * count, size), ((0, 0), (0, padded - size)))
         mask = splash.LocalMask((padded, padded), (band - 1, 0), 0)
-        out = _splash(*(flat(spread(x, lanes)) for x in (q, k, v)), segment, mask, softcap=softcap, interpret=interpret)
+        q, k, v = (flat(spread(x, lanes)) for x in (q, k, v))
+        out = _splash(q, k, v, segment, mask, softcap=softcap, interpret=interpret)
         return collect(out[:, :size].reshape(rows, count, size, *out.shape[2:]), lanes)
 
     return Kernel(lambda rows: dense_lanes(rows, shape.num_lanes), by_window(attend, windows))
@@ -133,7 +134,7 @@ def splash_slots(shape: PackShape, *, interpret: bool) -> Kernel:
         visible = functools.partial(_slots_visible, prompt=prompt, response=response, lanes=shape.num_lanes)
         mask = _mask(q.shape[1] + padding, visible)
         segment = jnp.pad(group, ((0, 0), (0, padding)))
-        out = _splash(*map(pad, (q, k, v)), segment, mask, softcap=softcap, interpret=interpret)
+        out = _splash(pad(q), pad(k), pad(v), segment, mask, softcap=softcap, interpret=interpret)
         return out[:, : q.shape[1]]
 
     return Kernel(lambda rows: rows.group, attend)
@@ -160,7 +161,7 @@ def cudnn_sequences(shape: PackShape, windows: tuple[int, ...], *, implementatio
         lanes, lengths = where
         q, k, v = (spread(x, lanes).reshape(-1, longest, *x.shape[2:]) for x in (q, k, v))
         lengths = lengths.reshape(-1)
-        out = jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(  # pyright: ignore[reportCallIssue]  # its overloads want a literal
             q,
             k,
             v,
@@ -169,7 +170,7 @@ def cudnn_sequences(shape: PackShape, windows: tuple[int, ...], *, implementatio
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None or window >= longest else (window - 1, 0),
-            implementation=implementation,  # pyright: ignore[reportArgumentType]
+            implementation=implementation,
         )
         return collect(out.reshape(*lanes.source.shape, *out.shape[2:]), lanes)
 
