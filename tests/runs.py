@@ -52,9 +52,14 @@ def environment(devices=1, **more):
     return os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
-def run(files, workdir, *, devices=1, code=0, **changes):
+def run(files, workdir, *, devices=1, code=0, flags=(), **changes):
     done = subprocess.run(
-        command(files, workdir, **changes), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command(files, workdir, **changes), *flags],
+        env=environment(devices),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """Whole runs through the command line: the same numbers on any topology, and after a kill."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -203,8 +204,18 @@ def test_sft_a_cached_reference_sampling_with_a_reward_and_export_work_together(
         "sample.reward": f"{tmp_path / 'judge.py'}:shorter",
         "export": True,
     }
-    run(files, tmp_path / "w", **changes)
+    output = run(files, tmp_path / "w", flags=("--profile=2",), **changes)
     summary = json.loads((tmp_path / "w/summary.json").read_text())
+    assert "trace of steps 3 to 4" in output
+    (trace,) = (tmp_path / "w/profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(trace) as file:
+        assert json.load(file)["traceEvents"]
+    assert 0 < summary["step_time_p50_s"] <= summary["step_time_p99_s"] and summary["peak_process_memory_gib"] > 0.1
+    # 5 steps of 8 pairs, 3 passes (the reference is cached), in the time that they took
+    flops = summary["useful_tflops"] * 1e12 / summary["pairs_per_second"]
+    layer = 64 * 16 * (4 + 4 + 4 + 4) + 3 * 64 * 96
+    assert flops > 3 * 2 * (2 * layer * 80 + 64 * 1024 * 20)  # a pair has more than 80 tokens, 20 of them of responses
+    assert "tokens per second and device" in (tmp_path / "w/report.html").read_text()
     assert 0 <= summary["win_rate_low"] <= summary["win_rate"] <= summary["win_rate_high"] <= 1
     assert summary["kl"] >= -1 and summary["num_samples"] == 8
     assert all(p["compiled"] == 1 for p in summary["programs"].values())
