@@ -24,8 +24,9 @@ def numbers(folder: pathlib.Path) -> dict[tuple[int, str], float]:
     return {
         (r["step"], k): v
         for r in rows
+        if "sft_loss" not in r
         for k, v in r.items()
-        if v is not None and not any(t in k for t in times) and "sft" not in k
+        if k != "step" and v is not None and not any(t in k for t in times)
     }
 
 
