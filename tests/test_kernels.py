@@ -232,3 +232,11 @@ def test_scores_by_shard_equal_those_of_one_device_with_gradients(mesh, tied):
     norm = np.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(gb)))
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() < 1e-5 * norm
+
+
+def test_slices_are_crossed_by_the_data_axis_alone():
+    mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1, num_slices=2)
+    ids = np.vectorize(lambda d: d.id)(mesh.devices)
+    assert set(ids[:2].ravel()) == {0, 1, 2, 3} and set(ids[2:].ravel()) == {4, 5, 6, 7}
+    with pytest.raises(ConfigError, match=r"mesh.num_slices=3: it must divide mesh.data, which is 4"):
+        sharding.make_mesh(data=4, fsdp=2, tensor=1, num_slices=3)

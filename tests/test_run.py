@@ -34,6 +34,16 @@ def test_eight_devices_give_the_losses_of_one(plain, files, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_of_slots_whose_tokens_are_shared_give_the_losses_of_one_device(plain, files, tmp_path):
+    """Another layout, four devices, two of which share every row; parameters spread over both axes."""
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.sequence": 2, "mesh.rules.embed": "fsdp,sequence"}
+    layout = {"data.layout": "slots", "data.row_tokens": 0, "data.micro_batch_tokens": 2048, "model.remat": "full"}
+    output = run(files, tmp_path, devices=4, **mesh, **layout)
+    assert "sequence 2" in output and "layout slots of" in output
+    np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_the_batches_of_one(plain, plain_two):
     np.testing.assert_allclose(losses(plain_two), losses(plain[0]), atol=1e-5)
     tokens = lambda workdir: [r["num_tokens"] for r in rows(workdir) if "loss" in r]
