@@ -314,6 +314,7 @@ class Plan(NamedTuple):
     """What was found."""
 
     topology: str
+    num_slices: int
     devices: int
     seconds_to_compile: float
     hbm_gib: float  # peak on a device
@@ -354,6 +355,7 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
     times = roofline(program, work, traffic, topology.chip)
     plan = Plan(
         topology=topology.name,
+        num_slices=topology.num_slices,
         devices=len(topology.devices),
         seconds_to_compile=seconds,
         hbm_gib=peak / GIB,
@@ -404,7 +406,9 @@ def _bar(share: float, width: int = 24) -> str:
 def show(plan: Plan, config: Config) -> None:
     """The plan for people."""
     w, r = plan.work, plan.roofline
-    say(f"\n{plan.topology}, {plan.devices} devices: compiled in {duration(plan.seconds_to_compile)}; {plan.layout}")
+    say(
+        f"\n{plan.topology}{f' x {plan.num_slices} slices' if plan.num_slices > 1 else ''}, {plan.devices} devices: compiled in {duration(plan.seconds_to_compile)}; {plan.layout}"
+    )
     say(f"\nmemory of a device: {plan.hbm_gib:.2f} of {plan.available_gib:.2f} GiB ({plan.hbm_gib / plan.available_gib:.0%})")
     for name, gib in sorted(plan.categories_gib.items(), key=lambda kv: -kv[1]):
         if gib >= 0.0005:
