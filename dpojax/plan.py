@@ -384,7 +384,10 @@ def _not_fitting(error: Exception, program: Prepared, topology: Topology) -> Exc
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text and "HbmOom" not in text:
         return error
-    used = re.search(r"[Uu]sed ([\d.]+)([GMT]) of ([\d.]+)([GMT])", text)
+    amount = r"([\d.]+)([GMT])"
+    used = re.search(rf"[Uu]sed {amount} of {amount}", text) or re.search(
+        rf"\({amount}\) exceeds available HBM \({amount}\)", text
+    )
     given = sum(program.memory.values()) / GIB
     if used is None:
         return FitError(f"{topology.name}: out of memory ({text.splitlines()[0]:.300}); {ADVICE}")
