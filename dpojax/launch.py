@@ -4,6 +4,7 @@ Every process runs the same command. Who they are comes from JAX_COORDINATOR_ADD
 from Slurm, Open MPI, Kubernetes or a TPU slice, which jax.distributed.initialize() recognises itself.
 """
 
+import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping
@@ -44,13 +45,7 @@ def launcher(environ: Mapping[str, str], *, tpu_host: bool = False) -> str:
 
 
 def _tpu_host() -> bool:
-    return any(pathlib.Path("/dev").glob("accel[0-9]*")) and bool(_has_libtpu())
-
-
-def _has_libtpu() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("libtpu") is not None
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) and importlib.util.find_spec("libtpu") is not None
 
 
 def join_processes(environ: Mapping[str, str] = os.environ) -> str:

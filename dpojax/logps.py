@@ -91,35 +91,28 @@ def _num_chunks(count, size):
 
 
 def scores_by_shard(
-    unembed: Unembed,
-    spread: Spread | None,
-    head: Any,
-    hidden: Float[Array, "A U D"],
-    ref: Reference | None,
-    predictor: Int[Array, "A T"],
-    target: Int[Array, "A T"],
-    count: Int[Array, ""],
-    details: Bool[Array, ""],
-    chunk: int,
-    squares: bool,
-    frozen: bool = False,
+    unembed: Unembed, spread: Spread | None, head: Any, hidden: Array, ref: Reference | None, *where: Array, settings: tuple
 ) -> TokenScores:
     """`token_scores` with every data shard on its own devices, so that nothing travels but the head: once a pass.
 
     Args:
       spread: how the head lies on the mesh; None: on one device, or as the compiler sees fit.
+      where: predictor, target, count and details of `token_scores`, whose other arguments these are too.
+      settings: its chunk, squares and frozen.
     """
     if spread is None or set(head) != {name for name, _ in spread.specs}:
-        return token_scores(unembed, None, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
+        return token_scores(unembed, None, head, hidden, ref, *where, *settings)
     rows, own = P(spread.axes), dict(spread.specs)
-
-    def one(head, hidden, ref, predictor, target, count, details):
-        return token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
-
     of_ref = None if ref is None else Reference(jax.tree.map(lambda x: P(), ref.head), rows)
-    specs = (own, rows, of_ref, rows, rows, P(), P())
-    mapped = jax.shard_map(one, mesh=spread.mesh, in_specs=specs, out_specs=rows, axis_names=set(spread.axes), check_vma=False)
-    return mapped(head, hidden, ref, predictor, target, count, details)
+    mapped = jax.shard_map(
+        lambda *arrays: token_scores(unembed, spread, *arrays, *settings),
+        mesh=spread.mesh,
+        in_specs=(own, rows, of_ref, rows, rows, P(), P()),
+        out_specs=rows,
+        axis_names=set(spread.axes),
+        check_vma=False,
+    )
+    return mapped(head, hidden, ref, *where)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 9, 10, 11))

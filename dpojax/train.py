@@ -126,8 +126,8 @@ def routed_scores(
     if ref_params is not None:
         ref = jax.lax.stop_gradient(Reference(model.head(ref_params), hidden_by_shard(model, ref_params, mb)[0]))
     head, where = model.head(params), (mb.predictor, mb.target, mb.num_scored)
-    settings = details, chunk, squares, model.frozen_head
-    return scores_by_shard(model.unembed, model.spread, head, hidden, ref, *where, *settings), routing
+    settings = chunk, squares, model.frozen_head
+    return scores_by_shard(model.unembed, model.spread, head, hidden, ref, *where, details, settings=settings), routing
 
 
 def batch_scores(model: Model, params, mb: PackedBatch, **options) -> TokenScores:

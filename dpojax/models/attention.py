@@ -58,7 +58,7 @@ def attend(
 
 
 def full_attention(q, k, v, rows: Rows, window=None, *, softcap: float | None = None):
-    """The rule through one [L, L] mask: the oracle of every faster path. Arguments as `blocked_attention`."""
+    """The rule through one [L, L] mask: the oracle of every faster path. Arguments as `attend_blocks`'s, with `Rows`."""
     index = jnp.arange(q.shape[1])
     group, branch, position = rows
     mask = visible(index[:, None], index[None, :], group[:, :, None], group[:, None, :], branch[:, :, None],
