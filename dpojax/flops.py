@@ -29,11 +29,18 @@ PEAK = {
 _FLOPS_PER_BYTE = {"cpu": 16, "tpu": 300}
 
 
-def layer_work(config: ModelConfig, platform: str = "cpu") -> Work:
-    """FLOPs of one layer's forward pass: of a token through its matrices, and of a query and a key that see each other."""
+def layer_work(config: ModelConfig, platform: str = "cpu", *, trained: int = 0, num_shards: int = 1) -> Work:
+    """FLOPs of one layer's forward pass: of a token through its matrices, and of a query and a key that see each other.
+
+    Args:
+      trained: parameters whose gradients every micro-batch adds up; 0: those of the layers.
+      num_shards: over which they are added up, too.
+    """
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0  # of its experts that a token meets
     matrices = sum(math.prod(row.shape) * (share if row.experts else 1) for row in layer_rows(config) if row.in_dims)
-    micro_batch = 2.0 * _FLOPS_PER_BYTE.get(platform, 150)  # 12 bytes a parameter, where a token takes 6 FLOPs
+    # 12 bytes a parameter, and as many again between shards, where a token takes 6 FLOPs
+    moved = 2.0 * _FLOPS_PER_BYTE.get(platform, 150) * (1 + (num_shards > 1))
+    micro_batch = moved * (trained / (config.num_layers * matrices) if trained else 1.0)
     return Work(token=2.0 * matrices, pair=4.0 * config.num_heads * config.head_dim, micro_batch=micro_batch)
 
 

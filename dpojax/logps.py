@@ -71,7 +71,11 @@ def _is_target(target, vocab_size):
 
 
 def _target_logit(logits, target):
-    return jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0.0), axis=-1)
+    return jax.lax.platform_dependent(
+        # on a CPU, where the comparison is a pass of its own over the logits
+        cpu=lambda: jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0],
+        default=lambda: jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0.0), axis=-1),
+    )
 
 
 def _chunk(x, index, size):
@@ -79,7 +83,8 @@ def _chunk(x, index, size):
 
 
 def _gather(hidden, predictor):
-    return jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+    """The hidden states that predict a chunk, flat [A C, D]: a matrix product of two dimensions is the fastest on a CPU."""
+    return jnp.take_along_axis(hidden, predictor[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
 def _pad(x, size):
@@ -153,7 +158,7 @@ def token_scores(
     head = head if spread is None else spread.gather(head)
 
     def body(i, out):
-        y, index = _chunk(target, i, chunk), _chunk(predictor, i, chunk)
+        y, index = _chunk(target, i, chunk).reshape(-1), _chunk(predictor, i, chunk)
         logits = unembed(head, _gather(hidden, index))
         lse, own = jax.nn.logsumexp(logits, axis=-1), _target_logit(logits, y)
         logps = own - lse
@@ -172,7 +177,8 @@ def token_scores(
         zero = jnp.zeros_like(logps)
         described = jax.lax.cond(details, describe, lambda: (zero, zero.astype(bool), zero))
         part = TokenScores(logps, kl, ref_logps, log_sum_sq, *described)
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * chunk, axis=1), out, part)
+        put = lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p.reshape(index.shape), i * chunk, axis=1)
+        return jax.tree.map(put, out, part)
 
     zero = jnp.zeros(target.shape, jnp.float32)
     asked = lambda wanted: zero if wanted else None
@@ -197,7 +203,7 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
 
     def body(i, carry):
         d_head, d_hidden = carry
-        index, y, g = (_chunk(x, i, chunk) for x in (predictor, target, cotangent))
+        index, (y, g) = _chunk(predictor, i, chunk), (_chunk(x, i, chunk).reshape(-1) for x in (target, cotangent))
         if frozen:
             logits, pullback = jax.vjp(functools.partial(unembed, head), _gather(hidden, index))
         else:
@@ -206,11 +212,12 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
         d_logits = (_is_target(y, logits.shape[-1]) - p) * g[..., None]
         if ref is not None:
             q = jax.nn.softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
-            d_logits = d_logits + (p - q) * _chunk(kl_cotangent, i, chunk)[..., None]
+            d_logits = d_logits + (p - q) * _chunk(kl_cotangent, i, chunk).reshape(-1, 1)
         *d_head_chunk, d_hidden_chunk = pullback(d_logits)
         if not frozen:
             d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, *d_head_chunk)
-        return d_head, d_hidden.at[shard, index].add(d_hidden_chunk.astype(jnp.float32))
+        d_hidden_chunk = d_hidden_chunk.astype(jnp.float32).reshape(*index.shape, -1)
+        return d_head, d_hidden.at[shard, index].add(d_hidden_chunk)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (() if frozen else head, hidden))
     d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)

@@ -159,7 +159,7 @@ def constrain_rows(mesh: Mesh, *, whole: bool = False):
 
 
 def constrain_logits(mesh: Mesh, rules: Mapping[str, str]):
-    """Spreads the vocabulary of [A, C, V] logits over the devices that share a sequence, which all hold its tokens here.
+    """Spreads the vocabulary of [..., V] logits over the devices that share a sequence, which all hold its tokens here.
 
     It acts where scores are computed by shard; a sampled token's logits stay as they are.
     """

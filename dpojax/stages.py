@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -402,13 +403,15 @@ def batch_shape(job: Job, policy: Policy, indexes: Sequence[Index | Lengths], gr
     layout = c.layout
     if layout == "auto" and (kernel != "splash" or any(policy.config.windows)):
         layout = "shared"  # slots are for splash, and no place for windows
+    num_shards, platform = sharding.num_shards(job.mesh), job.mesh.devices.flat[0].platform
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(policy.abstract))
     return make_shape(
         indexes,
         layout=layout,
-        work=layer_work(policy.config, job.mesh.devices.flat[0].platform),
+        work=layer_work(policy.config, platform, trained=trained, num_shards=num_shards),
         bound_groups=kernel == "cudnn",
         num_groups=groups,
-        num_shards=sharding.num_shards(job.mesh),
+        num_shards=num_shards,
         micro_batch_tokens=c.micro_batch_tokens,
         row_tokens=c.row_tokens,
     )

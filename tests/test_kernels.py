@@ -14,7 +14,7 @@ from dpojax.data.packing import plan_step
 from dpojax.data.pipeline import Lengths, Work, make_shape
 from dpojax.errors import ConfigError
 from dpojax.models import kernels
-from dpojax.models.attention import NO_WINDOW, Rows, blocked, masked
+from dpojax.models.attention import NO_WINDOW, Rows, blocked, masked, spans
 from dpojax.models.lanes import collect, dense_lanes, one_sequence_each, spread
 from dpojax.policy import place_decoder
 from dpojax.train import batch_scores, micro_batch
@@ -66,6 +66,32 @@ def test_blocks_equal_the_rule(layout, window, softcap):
     rows = rows_of(batch)
     assert_equal_to_the_rule(blocked(block=32, chains=1), rows, qkv(rows, (4, 2)), window=window, softcap=softcap)
     assert_equal_to_the_rule(blocked(block=32, chains=0), rows, qkv(rows, (4, 2)), window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("most", [1, 2, 9, 33, 257])
+def test_every_number_of_blocks_has_a_span_that_holds_it_and_little_more(most):
+    sizes = spans(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most
+    for n in range(1, most + 1):
+        assert n <= min(s for s in sizes if s >= n) <= max(n, n * 1.25)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_blocks_equal_the_rule_where_groups_are_many_blocks_long(window):
+    """Spans of more blocks than are needed, at both ends of a row, behind padding and across rows that are chained."""
+    branch = np.zeros((3, 500), np.int32)
+    position, group = np.zeros_like(branch), np.zeros_like(branch)
+    for row, parts in enumerate([[(380, 40, 60)], [(20, 3, 5), (300, 90, 80)], [(7, 2, 1), (150, 60, 41), (9, 30, 30)]]):
+        at = 0
+        for number, (prompt, *responses) in enumerate(parts, 1):
+            for own, size in enumerate((prompt, *responses)):
+                here = (row, slice(at, at + size))
+                group[here], branch[here] = number, own
+                position[here] = np.arange(size) + (prompt if own else 0)
+                at += size
+    rows = Rows(*(jnp.asarray(x) for x in (group, branch, position)))
+    for chains in (0, 1):
+        assert_equal_to_the_rule(blocked(block=16, chains=chains), rows, qkv(rows, (4, 2)), window=window, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)

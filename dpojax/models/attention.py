@@ -1,7 +1,7 @@
 """The attention rule of prefix-shared rows, on plain XLA.
 
 Legend: R rows, L row length, H query heads, K kv heads, J query heads per kv head, E head dim,
-Q queries and S keys of one call, N blocks of C tokens. The rule itself is `dpojax.data.packing.visible`.
+Q queries and S keys of one call, N blocks of C tokens, P = N C. The rule itself is `dpojax.data.packing.visible`.
 """
 
 import functools
@@ -67,13 +67,19 @@ def full_attention(q, k, v, rows: Rows, window=None, *, softcap: float | None = 
 
 
 class Blocks(NamedTuple):
-    """What a block of queries may see; of rows that were chained and cut into blocks by `prepare_blocks`."""
+    """What queries may see, of rows that were chained and padded to whole blocks by `prepare_blocks`."""
 
-    group: Int[Array, "N R C"]
-    branch: Int[Array, "N R C"]
-    position: Int[Array, "N R C"]
-    start: Int[Array, "N R C"]  # the first token of each token's group
-    first: Int[Array, "N"] | None  # the first block with a visible key, over all rows; None where layers differ in it
+    group: Int[Array, "R P"]
+    branch: Int[Array, "R P"]
+    position: Int[Array, "R P"]
+    start: Int[Array, "R P"]  # the first token of each token's group
+
+
+class _Seen(NamedTuple):
+    """`Blocks` for one layer: with how far back its queries see."""
+
+    blocks: Blocks
+    first: Int[Array, "N"]  # the first block with a visible key, over all rows
     window: Int[Array, ""] | None
 
 
@@ -83,82 +89,108 @@ def _dot(x, y, x_dim: int, y_dim: int):
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _bias(blocks: Blocks, i, j, heads: int):
-    """0 where block i's queries see block j's keys, MASKED elsewhere. [R, 1, J C, C]."""
-    size = blocks.group.shape[2]
-    index = jnp.arange(size)
+def spans(most: int) -> list[int]:
+    """Numbers of blocks up to `most`, each at most a quarter larger than needed: 1 to 8, 10, 12, 14, 16, 20, ..."""
+    sizes, n = [], 1
+    while n < most:
+        sizes.append(n)
+        n += max(1, 2 ** (n.bit_length() - 1) // 4)
+    return [*sizes, most]
+
+
+def _each_block(seen: _Seen, most: int, body: Callable[[Any, Any, int, Any], Any], carry: Any) -> Any:
+    """body(i, j, n, carry) for every block of queries i, where blocks [j, j + n) hold all keys that it sees.
+
+    n is static, so that a block's scores are one matrix product: blocks of one n share a loop, and the loops' trip counts are
+    read from the data.
+    """
+    count, sizes = seen.first.shape[0], spans(most)
+    which = jnp.searchsorted(jnp.asarray(sizes), jnp.arange(count) + 1 - seen.first)
+    order = jnp.argsort(which)
+    edges = jnp.searchsorted(which[order], jnp.arange(len(sizes) + 1))
+    for own, n in enumerate(sizes):
+
+        def step(t, carry, n=n):
+            i = order[t]
+            return body(i, jnp.maximum(i + 1 - n, 0), n, carry)
+
+        carry = jax.lax.fori_loop(edges[own], edges[own + 1], step, carry)
+    return carry
+
+
+def _bias(seen: _Seen, i, j, n: int, block: int, heads: int):
+    """0 where the queries of block i see the keys of blocks [j, j + n), MASKED elsewhere. [R, 1, J C, n C]."""
+    of_query, of_key = (functools.partial(_tokens, first=f, count=c, block=block) for f, c in ((i, 1), (j, n)))
+    b = seen.blocks
     mask = visible(
-        (i * size + index)[:, None], j * size + index,
-        blocks.group[i][:, :, None], blocks.group[j][:, None],
-        blocks.branch[i][:, :, None], blocks.branch[j][:, None],
-        blocks.position[i][:, :, None] - blocks.position[j][:, None], blocks.window,
+        (i * block + jnp.arange(block))[:, None], j * block + jnp.arange(n * block),
+        of_query(b.group)[:, :, None], of_key(b.group)[:, None], of_query(b.branch)[:, :, None], of_key(b.branch)[:, None],
+        of_query(b.position)[:, :, None] - of_key(b.position)[:, None], seen.window,
     )  # fmt: skip
-    bias = jnp.where(mask, 0.0, MASKED)
-    return jnp.tile(bias, (1, heads, 1))[:, None]
+    return jnp.tile(jnp.where(mask, 0.0, MASKED), (1, heads, 1))[:, None]
 
 
-def _forward(q, k, v, blocks: Blocks, softcap):
-    """Output and log-sum-exp, block of queries by block, keys folded in one block at a time."""
-    heads, first = q.shape[3] // k.shape[3], blocks.first
-    assert first is not None
+def _tokens(x, *, first, count: int, block: int, axis: int = 1):
+    """The tokens of blocks [first, first + count)."""
+    return jax.lax.dynamic_slice_in_dim(x, first * block, count * block, axis=axis)
 
-    def queries(i, carry):
-        def keys(j, state):
-            top, total, out = state
-            scores = _cap(_dot(q[i], k[j], 3, 3), softcap) + _bias(blocks, i, j, heads)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            out = out * shrink[..., None] + _dot(weights.astype(v.dtype), v[j], 3, 2)
-            return new_top, total * shrink + weights.sum(axis=-1), out
 
-        zero = jnp.zeros(q.shape[1:4], jnp.float32)
-        start = (zero + MASKED, zero, jnp.zeros(q.shape[1:], jnp.float32))
-        top, total, out = jax.lax.fori_loop(first[i], i + 1, keys, start)
+def _forward(q, k, v, seen: _Seen, softcap, block: int, most: int):
+    """Output and log-sum-exp, one block of queries at a time."""
+    heads = q.shape[3] // block
+
+    def queries(i, j, n, carry):
+        own_k, own_v = (_tokens(x, first=j, count=n, block=block, axis=2) for x in (k, v))
+        scores = _cap(_dot(q[i], own_k, 3, 3), softcap) + _bias(seen, i, j, n, block, heads)
+        top = scores.max(axis=-1)
+        weights = jnp.exp(scores - top[..., None])
+        total = weights.sum(axis=-1)
+        out = _dot(weights.astype(v.dtype), own_v, 3, 2) / total[..., None]
         outs, lses = carry
-        return outs.at[i].set((out / total[..., None]).astype(outs.dtype)), lses.at[i].set(top + jnp.log(total))
+        return outs.at[i].set(out.astype(outs.dtype)), lses.at[i].set(top + jnp.log(total))
 
-    return jax.lax.fori_loop(0, q.shape[0], queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:4], jnp.float32)))
+    return _each_block(seen, most, queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:4], jnp.float32)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocked(
-    q: Float[Array, "N R K JC E"], k: Float[Array, "N R K C E"], v: Float[Array, "N R K C E"], blocks: Blocks, softcap
+    q: Float[Array, "N R K JC E"], k: Float[Array, "R K P E"], v: Float[Array, "R K P E"], seen: _Seen, softcap, block, most
 ):
-    return _forward(q, k, v, blocks, softcap)[0]
+    return _forward(q, k, v, seen, softcap, block, most)[0]
 
 
-def _blocked_fwd(q, k, v, blocks, softcap):
-    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, blocks, softcap))
-    return out, (q, k, v, blocks, out, lse)
+def _blocked_fwd(q, k, v, seen, softcap, block, most):
+    out, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, seen, softcap, block, most))
+    return out, (q, k, v, seen, out, lse)
 
 
-def _blocked_bwd(softcap, residuals, d_out):
-    """Scores are computed anew from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 2.3.2)."""
-    q, k, v, blocks, out, lse = residuals
-    heads, first = q.shape[3] // k.shape[3], blocks.first
-    assert first is not None
+def _blocked_bwd(softcap, block, most, residuals, d_out):
+    """Scores are computed anew from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 2.3.2).
+
+    Keys come before queries in every array: CPUs are slow at products that contract the first dimension of their left side.
+    """
+    q, k, v, seen, out, lse = residuals
+    heads, turned = q.shape[3] // block, jnp.swapaxes(k, 2, 3)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def queries(i, carry):
-        def keys(j, state):
-            dq, dk, dv = state
-            scores = _cap(_dot(q[i], k[j], 3, 3), softcap)
-            weights = jnp.exp(scores + _bias(blocks, i, j, heads) - lse[i][..., None])
-            d_scores = weights * (_dot(d_out[i], v[j], 3, 3) - delta[i][..., None])
-            if softcap is not None:
-                d_scores = d_scores * (1 - (scores / softcap) ** 2)
-            weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
-            dv = dv.at[j].add(_dot(weights, d_out[i], 2, 2))
-            dk = dk.at[j].add(_dot(d_scores, q[i], 2, 2))
-            return dq + _dot(d_scores, k[j], 3, 2), dk, dv
+    def queries(i, j, n, carry):
+        tokens = functools.partial(_tokens, first=j, count=n, block=block)
+        scores = _cap(_dot(tokens(k, axis=2), q[i], 3, 3), softcap)
+        weights = jnp.exp(scores + jnp.swapaxes(_bias(seen, i, j, n, block, heads), 2, 3) - lse[i][..., None, :])
+        d_scores = weights * (_dot(tokens(v, axis=2), d_out[i], 3, 3) - delta[i][..., None, :])
+        if softcap is not None:
+            d_scores = d_scores * (1 - (scores / softcap) ** 2)
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
 
-        dqs, dk, dv = carry
-        start = (jnp.zeros(q.shape[1:], jnp.float32), dk, dv)
-        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, keys, start)
-        return dqs.at[i].set(dq), dk, dv
+        def add(total, part):
+            return jax.lax.dynamic_update_slice_in_dim(total, tokens(total, axis=2) + part, j * block, axis=2)
+
+        dq, dk, dv = carry
+        own_dq = jnp.swapaxes(_dot(tokens(turned, axis=3), d_scores, 3, 2), 2, 3)
+        return dq.at[i].set(own_dq), add(dk, _dot(d_scores, q[i], 3, 2)), add(dv, _dot(weights, d_out[i], 3, 2))
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, q.shape[0], queries, start)
+    dq, dk, dv = _each_block(seen, most, queries, start)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -166,7 +198,7 @@ _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def prepare_blocks(rows: Rows, *, block: int, chains: int) -> Blocks:
-    """Chains and cuts rows for `attend_blocks`, and finds where every group starts.
+    """Chains and pads rows for `attend_blocks`, and finds where every group starts.
 
     Args:
       block: C, tokens per block.
@@ -184,16 +216,9 @@ def prepare_blocks(rows: Rows, *, block: int, chains: int) -> Blocks:
     at = (jnp.arange(num_rows)[:, None], group)
     start = jnp.full((num_rows, length + 1), length, jnp.int32).at[at].min(index)[at]
     start = jnp.where(group > 0, start, index)
-    padding = -length % block
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)))
-        return x.reshape(num_rows, -1, block).transpose(1, 0, 2)
-
+    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, -length % block)))
     # Padding behind the rows' end stands for itself, so that its blocks see nothing else.
-    start = jnp.pad(start, ((0, 0), (0, padding)), constant_values=length)
-    start = start.reshape(num_rows, -1, block).transpose(1, 0, 2)
-    return Blocks(split(group), split(branch), split(position), start, None, None)
+    return Blocks(pad(group), pad(branch), pad(position), pad(start, constant_values=length))
 
 
 def attend_blocks(
@@ -203,39 +228,41 @@ def attend_blocks(
     blocks: Blocks,
     window: Int[Array, ""] | None = None,
     *,
+    block: int,
     softcap: float | None = None,
 ) -> Float[Array, "R L H E"]:
-    """The rule, one block of queries at a time, from the block in which the query's group starts.
+    """The rule, one block of queries at a time, from the block in which the first query's group starts.
 
-    The work follows the groups that are really there and not the row's length: a loop over blocks of
-    keys with a trip count read from `group`. Nothing larger than a block of scores exists in either pass.
+    The work follows the groups that are really there and not the row's length. Nothing larger than the scores of a block of
+    queries with the longest group exists in either pass.
 
     Args:
       q: scaled already.
-      blocks: from `prepare_blocks`.
+      blocks: from `prepare_blocks`, with the same `block`.
       window: a key is seen only at a distance of positions below it; None: at any.
       softcap: bounds the scores, or None.
     """
-    shape, (count, num_rows, block) = q.shape, blocks.group.shape
+    shape, (num_rows, padded) = q.shape, blocks.group.shape
     q, k, v = (x.reshape(num_rows, -1, *x.shape[2:]) for x in (q, k, v))
     _, length, heads, head_dim = q.shape
-    kv_heads, padding = k.shape[2], count * block - length
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+    kv_heads, count = k.shape[2], padded // block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for x in (q, k, v))
     q = q.reshape(num_rows, count, block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
     q = q.reshape(count, num_rows, kv_heads, -1, head_dim)
-    k, v = (x.reshape(num_rows, count, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     start = blocks.start
     if window is not None:  # a token of branch k stands at or behind its group's start + its position
         start = start + jnp.maximum(0, blocks.position - window + 1)
-    first = jnp.minimum(start.min(axis=(1, 2)) // block, jnp.arange(count))
-    out: Array = _blocked(q, k, v, blocks._replace(first=first, window=window), softcap)
+    first = jnp.minimum(start.reshape(num_rows, count, block).min(axis=(0, 2)) // block, jnp.arange(count))
+    most = min(count, -(-shape[1] // block) + 1)  # blocks that a group of a whole row can touch
+    out: Array = _blocked(q, k, v, _Seen(blocks, first, window), softcap, block, most)
     out = out.reshape(count, num_rows, kv_heads, heads // kv_heads, block, head_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(num_rows, count * block, heads, head_dim)[:, :length].reshape(shape)
+    return out.reshape(num_rows, padded, heads, head_dim)[:, :length].reshape(shape)
 
 
 def blocked(*, block: int, chains: int) -> Kernel:
     """The rule on plain XLA, for any device; arguments as `prepare_blocks`'."""
-    return Kernel(functools.partial(prepare_blocks, block=block, chains=chains), attend_blocks)
+    return Kernel(functools.partial(prepare_blocks, block=block, chains=chains), functools.partial(attend_blocks, block=block))
 
 
 def masked() -> Kernel:

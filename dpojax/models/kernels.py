@@ -233,7 +233,7 @@ def make_kernel(name: str, config: ModelConfig, shape: PackShape | None, *, plat
     if name == "cudnn" and shape is not None:
         return cudnn_sequences(shape, config.windows)
     # CPUs gain most from skipping; accelerators want larger matrix products, and rows side by side.
-    return blocked(block=64, chains=1) if platform == "cpu" else blocked(block=256, chains=0)
+    return blocked(block=128, chains=1) if platform == "cpu" else blocked(block=256, chains=0)
 
 
 def on_mesh(kernel: Kernel, mesh: Mesh, rows: tuple[str, ...], heads: tuple[str, ...]) -> Kernel:

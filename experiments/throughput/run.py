@@ -1,0 +1,273 @@
+"""Pairs per second of dpojax, TRL and Tunix on the same machine, model, weights, real pairs and pairs per step.
+
+    python experiments/throughput/run.py --data tldr=tldr/train.jsonl.gz hh=hh/helpful-base.jsonl.gz \\
+        --tokenizer=llama2/tokenizer.model --tunix-python=TUNIX_VENV/bin/python --out=DIR
+
+Every trainer is a process of its own; in a round they run one after another, so that ratios are taken side by side. The losses of
+every step are compared: the work is the same. A trainer's first step, which compiles or warms up, is not timed. Needs the
+`parity` extra here, and google-tunix in an environment of its own (without --tunix-python it is left out).
+
+On a GPU: --device=gpu --size=1b --dtype=bfloat16 --pairs=64 --tokenizer=llama3/tokenizer.json. Writes result.json, result.md and
+result.png.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dpojax.data.index import Dataset
+from dpojax.data.records import open_records
+from dpojax.data.tokens import Limits, load_tokenizer
+from dpojax.data.triples import Dropped, RowReader
+
+HERE = pathlib.Path(__file__).parent
+TEMPLATES = {"tldr": "{prompt}\n\nTL;DR:"}
+# vocabulary, width, mlp, layers, heads, kv heads, tied; 1b: Llama 3.2 1B
+SIZES = {"21m": (32_000, 256, 640, 6, 4, 4, False), "1b": (128_256, 2048, 8192, 16, 32, 8, True)}
+LIMITS = Limits(512, 128)
+
+
+def write_rows(file: pathlib.Path, data: str, template: str, tokenizer: str, count: int) -> None:
+    """The first `count` usable pairs as token ids, which all trainers read."""
+    dataset = Dataset(open_records(data), RowReader(template), load_tokenizer(tokenizer), LIMITS)
+    with file.open("w") as out:
+        row = -1
+        while count:
+            row += 1
+            try:
+                group, _ = dataset.token_group(row)
+            except Dropped:
+                continue
+            ids = [x.tolist() for x in (group.prompt, *group.responses)]
+            out.write(json.dumps(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))) + "\n")
+            count -= 1
+
+
+def write_model(folder: pathlib.Path, size: str) -> None:
+    """Random weights, which all trainers read."""
+    import torch
+    import transformers
+
+    vocab, width, mlp, layers, heads, kv_heads, tied = SIZES[size]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=tied,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
+    settings = {
+        "data.train": folder / "rows.jsonl",
+        "data.eval": folder / "rows.jsonl",
+        "data.shuffle": False,
+        "data.eval_max_pairs": 8,
+        "model.init": folder / "model",
+        "model.dtype": own["dtype"],
+        "model.remat": "full" if own["remat"] else "none",
+        "reference.mode": "cached" if own["cached"] else "live",
+        "batch_size": own["pairs"],
+        "num_steps": own["steps"],
+        "log_every_steps": 1,
+        "eval_every_steps": 10**6,
+        "checkpoint_every_steps": 10**6,
+        "self_check": "off",
+        "sft.num_steps": 0,
+        "loss.beta": 0.1,
+        "optim.learning_rate": 1e-4,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+        "sample.num_prompts": 0,
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        argv = [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}"]
+        argv += [f"--config.{k}={v}" for k, v in settings.items()]
+        environment = os.environ | ({"JAX_NUM_CPU_DEVICES": str(own["devices"])} if own["device"] == "cpu" else {})
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=HERE.parent.parent)
+        rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((pathlib.Path(workdir) / "summary.json").read_text())
+    rows = [r for r in rows if "loss" in r]
+    return {
+        "loss": [r["loss"] for r in rows],
+        "seconds": [r["step_time_s"] for r in rows],
+        "padding": [r["padding/packing"] * r["padding/rounding"] for r in rows],
+        "useful_tflops": summary.get("useful_tflops"),
+        "useful_mfu": summary.get("useful_mfu"),
+        "summary": {k: v for k, v in summary.items() if k.startswith(("step_time", "peak_memory", "tokens_per"))},
+    }
+
+
+def run_child(script: str, python: str, folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run([python, str(HERE / script), str(folder), json.dumps(own)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def trainers(args: argparse.Namespace) -> dict[str, Any]:
+    """Name -> a function of the folder that trains."""
+    common = dict(steps=args.steps, pairs=args.pairs, dtype=args.dtype, device=args.device, remat=args.remat)
+    common |= dict(vocab_size=SIZES[args.size][0], cached=False, devices=1)
+    cores = len(os.sched_getaffinity(0))
+    found: dict[str, Any] = {}
+
+    def add(name, function, *leading, **own):
+        if not args.only or any(name.startswith(wanted) for wanted in args.only):
+            found[name] = lambda folder: function(*leading, folder, common | own)
+
+    add("dpojax", run_dpojax)
+    if args.device == "cpu" and cores > 1:
+        add(f"dpojax, {cores} devices of a core each", run_dpojax, devices=cores)
+        add(f"dpojax, {cores} devices, cached reference", run_dpojax, devices=cores, cached=True)
+    else:
+        add("dpojax, cached reference", run_dpojax, cached=True)
+    for micro in args.micro:
+        add(f"TRL, {micro} a micro-batch", run_child, "with_trl.py", sys.executable, micro=micro)
+    add(
+        f"TRL, {args.micro[0]} a micro-batch, precomputed",
+        run_child,
+        "with_trl.py",
+        sys.executable,
+        micro=args.micro[0],
+        cached=True,
+    )
+    if args.tunix_python:
+        add(f"Tunix, {args.tunix_micro} a micro-batch", run_child, "with_tunix.py", args.tunix_python, micro=args.tunix_micro)
+    return found
+
+
+def machine(args: argparse.Namespace) -> dict[str, str]:
+    """What the figures belong to."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+    found = {"CPU": f"{', '.join(names) or platform.processor()}, {len(os.sched_getaffinity(0))} cores"}
+    if args.device == "gpu":
+        import torch
+
+        found["GPU"] = torch.cuda.get_device_name()
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")
+    found["versions"] = f"Python {platform.python_version()}, " + ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in packages
+    )
+    if args.tunix_python:
+        asked = "import importlib.metadata as m; print(m.version('google-tunix'), 'on jax', m.version('jax'))"
+        done = subprocess.run([args.tunix_python, "-c", asked], check=True, capture_output=True, text=True)
+        found["versions"] += f", google-tunix {done.stdout.strip()}"
+    return found | {"system": platform.platform(), "date": time.strftime("%Y-%m-%d")}
+
+
+def speed(run: dict[str, Any], pairs: int) -> float:
+    """Pairs per second of the steps after the first."""
+    return pairs * len(run["seconds"][1:]) / sum(run["seconds"][1:])
+
+
+def report(args: argparse.Namespace, found: dict[str, dict[str, list]], facts: dict[str, str]) -> str:
+    lines = []
+    for data, runs in found.items():
+        ours = max(
+            (n for n in runs if n.startswith("dpojax") and "cached" not in n),
+            key=lambda n: np.median([speed(r, args.pairs) for r in runs[n]]),
+        )
+        lines += [
+            f"### {data}",
+            "",
+            f"| trainer | pairs/s | `{ours}` is faster by | largest loss difference |",
+            "|---|---|---|---|",
+        ]
+        for name, own in runs.items():
+            values = [speed(r, args.pairs) for r in own]
+            ratios = [speed(a, args.pairs) / v for a, v in zip(runs[ours], values, strict=True)]
+            gap = max(np.abs(np.subtract(r["loss"], runs[ours][0]["loss"])).max() for r in own)
+            between = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
+            lines.append(f"| {name} | {np.median(values):.2f} | {np.median(ratios):.1f} x{between} | {gap:.0e} |")
+        lines.append("")
+    return "\n".join(lines + [f"{k}: {v}  " for k, v in facts.items()]) + "\n"
+
+
+def draw(args: argparse.Namespace, found: dict[str, dict[str, list]], file: pathlib.Path) -> None:
+    names = list(next(iter(found.values())))
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 0.5 + 0.42 * len(names)), sharey=True, squeeze=False)
+    for axis, (data, runs) in zip(axes[0], found.items(), strict=True):
+        values = [float(np.median([speed(r, args.pairs) for r in runs[n]])) for n in names]
+        colours = ["tab:blue" if n.startswith("dpojax") else "tab:gray" for n in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=3)
+        axis.set(title=data, xlabel="pairs per second", xlim=(0, 1.18 * max(values)))
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis() if len(found) % 2 == 0 else None  # a shared axis is turned once for each plot
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--tunix-python", default="", help="the Python of an environment with google-tunix")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--size", choices=SIZES, default="21m")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs a step")
+    parser.add_argument("--micro", type=int, nargs="+", default=[1, 8], help="pairs of TRL's micro-batches")
+    parser.add_argument("--tunix-micro", type=int, default=1)
+    parser.add_argument("--remat", action="store_true", help="all trainers compute activations again")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="the trainers whose names start so")
+    parser.add_argument("--tolerance", type=float, default=5e-3, help="between the losses of a step")
+    args = parser.parse_args()
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    facts, found = machine(args), {}
+    with tempfile.TemporaryDirectory() as place:
+        model = pathlib.Path(place) / "model"
+        write_model(model, args.size)
+        for entry in args.data:
+            data, _, file = entry.partition("=")
+            folder = pathlib.Path(place) / data
+            folder.mkdir()
+            (folder / "model").symlink_to(model)
+            write_rows(folder / "rows.jsonl", file, TEMPLATES.get(data, "{prompt}"), args.tokenizer, args.steps * args.pairs)
+            own = trainers(args)
+            found[data] = {name: [] for name in own}
+            for i in range(args.rounds):
+                for name, train in own.items():
+                    run = train(folder)
+                    found[data][name].append(run)
+                    took = ", ".join(f"{s:.1f}" for s in run["seconds"])
+                    print(f"{data} round {i + 1}: {name}: {speed(run, args.pairs):.2f} pairs/s, steps {took} s", flush=True)
+                    (out / "result.json").write_text(
+                        json.dumps({"machine": facts, "settings": vars(args), "runs": found}, indent=1)
+                    )
+    text = report(args, found, facts)
+    (out / "result.md").write_text(text)
+    draw(args, found, out / "result.png")
+    print(text)
+    for data, runs in found.items():
+        losses = {name: [r["loss"] for r in own] for name, own in runs.items()}
+        first = next(iter(losses.values()))[0]
+        for name, own in losses.items():
+            if not np.allclose(own, first, atol=args.tolerance):
+                raise SystemExit(f"{data}: the losses of {name} are not those of the others: {own} and {first}")
+
+
+if __name__ == "__main__":
+    main()

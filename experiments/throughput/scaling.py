@@ -1,0 +1,155 @@
+"""How does the cost of a step grow? Seconds of a step against row length, vocabulary, responses, pairs, micro-batch and devices.
+
+    python experiments/throughput/scaling.py --out=DIR
+
+The real step of the main job, on random groups of one size and the 21M Llama, one thing varied at a time. The exponent is the
+slope of log seconds over log size, by least squares, through all points and through the last two. Writes scaling.json, scaling.md
+and scaling.png.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dpojax import sharding
+from dpojax.config import from_config_dict, load_config_file
+from dpojax.data.packing import TokenGroup, TokenPair, pack_step, plan_step
+from dpojax.data.pipeline import Lengths
+from dpojax.job import Job
+from dpojax.metrics import MetricsLog
+from dpojax.models import ModelConfig
+from dpojax.plan import NeverStop
+from dpojax.policy import describe, fitted
+from dpojax.stages import batch_shape, preference_program
+from dpojax.train import new_state
+
+BASE = {"prompt": 256, "response": 64, "responses": 2, "groups": 16, "vocabulary": 32_000, "micro_batch": 4096, "devices": 1}
+VARIED = {
+    "prompt": (128, 256, 512, 1024, 2048, 3840),
+    "response": (16, 32, 64, 128, 256),
+    "responses": (2, 4, 8, 16),
+    "groups": (4, 8, 16, 32, 64),
+    "vocabulary": (8_000, 16_000, 32_000, 64_000, 128_000),
+    "micro_batch": (1024, 2048, 4096, 8192),
+    "devices": tuple(2**i for i in range((len(os.sched_getaffinity(0))).bit_length())),
+}
+LABELS = {
+    "prompt": "tokens of a prompt",
+    "response": "tokens of a response",
+    "responses": "responses of a prompt, K",
+    "groups": "prompts a step",
+    "vocabulary": "vocabulary",
+    "micro_batch": "tokens of a micro-batch",
+    "devices": "devices, a core each",
+}
+
+
+def measure(point: dict[str, int], steps: int) -> float:
+    """Median seconds of a step, its compiling left out."""
+    raw = load_config_file("configs/tldr.py")
+    groups, k, x, y = (point[n] for n in ("groups", "responses", "prompt", "response"))
+    raw.batch_size, raw.data.micro_batch_tokens, raw.lora.rank = groups, max(point["micro_batch"], x + k * y), 0
+    config = from_config_dict(raw)
+    mesh = sharding.config_mesh(config.mesh, jax.devices()[: point["devices"]])
+    job = Job(config, pathlib.Path(), mesh, MetricsLog(pathlib.Path(), enabled=False), NeverStop())
+    policy = describe(
+        job,
+        ModelConfig(
+            vocab_size=point["vocabulary"], hidden_size=256, intermediate_size=640, num_layers=6, num_heads=4, num_kv_heads=4,
+            head_dim=64, norm="rms", norm_eps=1e-6, mlp="gated", activation="silu", rope_theta=1e4, attention_bias=False,
+            mlp_bias=False, tie_embeddings=False, max_positions=8192, init_std=0.02,
+        ),
+    )  # fmt: skip
+    prompts, responses, pairs = (
+        [x] * groups,
+        [[y] * k] * groups,
+        [tuple(TokenPair(i, i + 1, 1.0, 1.0, 0.0) for i in range(k - 1))] * groups,
+    )
+    shape = batch_shape(job, policy, [Lengths(np.array(prompts), responses)], groups)
+    shape = dataclasses.replace(shape, num_pairs=groups * (k - 1))
+    policy = fitted(job, policy, shape)
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(3, point["vocabulary"], n)
+    made = [TokenGroup(ids(x), tuple(ids(y) for _ in range(k)), pairs[i], row=i) for i in range(groups)]
+    batch = pack_step(
+        plan_step(prompts, responses, shape), shape, lambda g: made[g], prompt_lengths=prompts, response_lengths=responses,
+        counted_lengths=responses, pairs=pairs, shards=range(sharding.num_shards(mesh)), pad_id=0, with_ref=False,
+    )  # fmt: skip
+    program, optimizer = preference_program(job, policy)
+    params = lambda: jax.jit(policy.model.init, out_shardings=policy.shardings)(jax.random.key(0))
+    state, reference, batch = jax.jit(functools.partial(new_state, optimizer))(params()), params(), job.put(batch)
+    seconds = []
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        state, metrics = program(state, reference, batch, np.bool_(False), None)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
+
+
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(VARIED), choices=list(VARIED))
+    parser.add_argument("--point", default="", help=argparse.SUPPRESS)  # a process of its own: the number of devices is its own
+    args = parser.parse_args()
+    if args.point:
+        print("RESULT" + json.dumps(measure(json.loads(args.point), args.steps)))
+        return
+    found: dict[str, dict[str, list]] = {}
+    for name in args.only:
+        found[name] = {"size": list(VARIED[name]), "seconds": []}
+        for size in VARIED[name]:
+            point = BASE | {name: size}
+            argv = [sys.executable, __file__, f"--steps={args.steps}", f"--point={json.dumps(point)}"]
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(point["devices"])}
+            done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found[name]["seconds"].append(json.loads(done.stdout.split("RESULT")[1]))
+            print(f"{LABELS[name]} {size}: {found[name]['seconds'][-1]:.2f} s", flush=True)
+    lines = ["| varied | from | to | seconds of a step | exponent | of the last two |", "|---|---|---|---|---|---|"]
+    figure, axes = plt.subplots(2, -(-len(found) // 2), figsize=(3.2 * -(-len(found) // 2), 5.6), squeeze=False)
+    for axis, (name, own) in zip(axes.flat, found.items(), strict=False):
+        sizes, seconds = own["size"], own["seconds"]
+        own["exponent"], own["last"] = slope(sizes, seconds), slope(sizes[-2:], seconds[-2:])
+        shown = ", ".join(f"{s:.2f}" for s in seconds)
+        lines.append(f"| {LABELS[name]} | {sizes[0]:,} | {sizes[-1]:,} | {shown} | {own['exponent']:.2f} | {own['last']:.2f} |")
+        axis.loglog(sizes, seconds, "o-")
+        axis.set(xlabel=LABELS[name], ylabel="seconds of a step", title=f"exponent {own['exponent']:.2f}")
+        axis.set_xticks(sizes, [f"{s:,}" for s in sizes], rotation=30)
+        axis.minorticks_off()
+        axis.set_yticks(
+            own["seconds"][:: max(1, len(seconds) - 1)], [f"{s:.2f}" for s in own["seconds"][:: max(1, len(seconds) - 1)]]
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(found) :]:
+        axis.set_visible(False)
+    text = "\n".join(lines) + f"\n\nOtherwise: {', '.join(f'{LABELS[n]} {v:,}' for n, v in BASE.items())}.\n"
+    out = pathlib.Path(args.out or ".")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scaling.json").write_text(json.dumps({"base": BASE, "found": found}, indent=1) + "\n")
+    (out / "scaling.md").write_text(text)
+    figure.tight_layout()
+    figure.savefig(out / "scaling.png", dpi=120)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
