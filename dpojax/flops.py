@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dpojax.data.pipeline import Work
 from dpojax.models import ModelConfig
-from dpojax.models.table import layer_rows
+from dpojax.models.table import layer_rows, num_params
 
 # Dense bf16 matrix products, FLOP/s per device, from the makers' data sheets; found by the longest start of the device's name.
 PEAK = {
@@ -29,18 +29,17 @@ PEAK = {
 _FLOPS_PER_BYTE = {"cpu": 16, "tpu": 300}
 
 
-def layer_work(config: ModelConfig, platform: str = "cpu", *, trained: int = 0, num_shards: int = 1) -> Work:
+def layer_work(config: ModelConfig, platform: str = "cpu", *, num_shards: int = 1) -> Work:
     """FLOPs of one layer's forward pass: of a token through its matrices, and of a query and a key that see each other.
 
     Args:
-      trained: parameters whose gradients every micro-batch adds up; 0: those of the layers.
-      num_shards: over which they are added up, too.
+      num_shards: over which a micro-batch's gradients are added up.
     """
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0  # of its experts that a token meets
     matrices = sum(math.prod(row.shape) * (share if row.experts else 1) for row in layer_rows(config) if row.in_dims)
-    # 12 bytes a parameter, and as many again between shards, where a token takes 6 FLOPs
+    # A micro-batch moves 12 bytes of every parameter, and as many again between shards; a token takes 6 FLOPs of a layer's.
     moved = 2.0 * _FLOPS_PER_BYTE.get(platform, 150) * (1 + (num_shards > 1))
-    micro_batch = moved * (trained / (config.num_layers * matrices) if trained else 1.0)
+    micro_batch = moved * num_params(config) / (config.num_layers * matrices)
     return Work(token=2.0 * matrices, pair=4.0 * config.num_heads * config.head_dim, micro_batch=micro_batch)
 
 

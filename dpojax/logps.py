@@ -91,6 +91,11 @@ def _pad(x, size):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
 
 
+def _flat_chunk(x, index, size):
+    """A chunk as [A C], as `_gather` has its hidden states."""
+    return _chunk(x, index, size).reshape(-1)
+
+
 def _num_chunks(count, size):
     return (count + size - 1) // size
 
@@ -158,7 +163,7 @@ def token_scores(
     head = head if spread is None else spread.gather(head)
 
     def body(i, out):
-        y, index = _chunk(target, i, chunk).reshape(-1), _chunk(predictor, i, chunk)
+        y, index = _flat_chunk(target, i, chunk), _chunk(predictor, i, chunk)
         logits = unembed(head, _gather(hidden, index))
         lse, own = jax.nn.logsumexp(logits, axis=-1), _target_logit(logits, y)
         logps = own - lse
@@ -203,7 +208,7 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
 
     def body(i, carry):
         d_head, d_hidden = carry
-        index, (y, g) = _chunk(predictor, i, chunk), (_chunk(x, i, chunk).reshape(-1) for x in (target, cotangent))
+        index, y, g = _chunk(predictor, i, chunk), _flat_chunk(target, i, chunk), _flat_chunk(cotangent, i, chunk)
         if frozen:
             logits, pullback = jax.vjp(functools.partial(unembed, head), _gather(hidden, index))
         else:
@@ -212,7 +217,7 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
         d_logits = (_is_target(y, logits.shape[-1]) - p) * g[..., None]
         if ref is not None:
             q = jax.nn.softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
-            d_logits = d_logits + (p - q) * _chunk(kl_cotangent, i, chunk).reshape(-1, 1)
+            d_logits = d_logits + (p - q) * _flat_chunk(kl_cotangent, i, chunk)[..., None]
         *d_head_chunk, d_hidden_chunk = pullback(d_logits)
         if not frozen:
             d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, *d_head_chunk)

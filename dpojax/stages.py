@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -404,11 +403,10 @@ def batch_shape(job: Job, policy: Policy, indexes: Sequence[Index | Lengths], gr
     if layout == "auto" and (kernel != "splash" or any(policy.config.windows)):
         layout = "shared"  # slots are for splash, and no place for windows
     num_shards, platform = sharding.num_shards(job.mesh), job.mesh.devices.flat[0].platform
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(policy.abstract))
     return make_shape(
         indexes,
         layout=layout,
-        work=layer_work(policy.config, platform, trained=trained, num_shards=num_shards),
+        work=layer_work(policy.config, platform, num_shards=num_shards),
         bound_groups=kernel == "cudnn",
         num_groups=groups,
         num_shards=num_shards,

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -47,7 +48,12 @@ MAY_DIFFER = re.compile(r"loss\..*|optim\.learning_rate|seed")
 
 
 def train(
-    workdir: pathlib.Path, config: str, overrides: Mapping[str, Any], *, sft_from: pathlib.Path | None = None
+    workdir: pathlib.Path,
+    config: str,
+    overrides: Mapping[str, Any],
+    *,
+    sft_from: pathlib.Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """One run to its end in a process of its own, as a person would start it; a finished one is only read.
 
@@ -56,6 +62,7 @@ def train(
       config: as --config=.
       overrides: dotted setting -> value, as --config.KEY=VALUE.
       sft_from: the workdir of a run with the same SFT stage, whose checkpoint is taken; resuming compares the fingerprints.
+      environment: variables besides those of this process.
     Returns: what summary.json holds.
     Raises: subprocess.CalledProcessError if the run fails; its messages are on stderr.
     """
@@ -64,7 +71,7 @@ def train(
         shutil.copytree(sft_from / "sft", workdir / "sft")
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     argv = [sys.executable, "-m", "dpojax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
     return json.loads((workdir / "summary.json").read_text())
 
 

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from dpojax import sweep
 from dpojax.data.index import Dataset
 from dpojax.data.records import open_records
 from dpojax.data.tokens import Limits, load_tokenizer
@@ -94,13 +95,11 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
         "optim.warmup_steps": 0,
         "sample.num_prompts": 0,
     }
-    with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        argv = [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}"]
-        argv += [f"--config.{k}={v}" for k, v in settings.items()]
-        environment = os.environ | ({"JAX_NUM_CPU_DEVICES": str(own["devices"])} if own["device"] == "cpu" else {})
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=HERE.parent.parent)
-        rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((pathlib.Path(workdir) / "summary.json").read_text())
+    environment = {"JAX_NUM_CPU_DEVICES": str(own["devices"])} if own["device"] == "cpu" else {}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        workdir = pathlib.Path(place)
+        summary = sweep.train(workdir, "configs/tldr.py", settings, environment=environment)
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rows = [r for r in rows if "loss" in r]
     return {
         "loss": [r["loss"] for r in rows],
@@ -209,9 +208,8 @@ def draw(args: argparse.Namespace, found: dict[str, dict[str, list]], file: path
         bars = axis.barh(names, values, color=colours)
         axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=3)
         axis.set(title=data, xlabel="pairs per second", xlim=(0, 1.18 * max(values)))
-        axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis() if len(found) % 2 == 0 else None  # a shared axis is turned once for each plot
+    axes[0][0].invert_yaxis()  # of all plots: they share it
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 

@@ -139,9 +139,8 @@ def main() -> None:
         axis.set(xlabel=LABELS[name], ylabel="seconds of a step", title=f"exponent {own['exponent']:.2f}")
         axis.set_xticks(sizes, [f"{s:,}" for s in sizes], rotation=30)
         axis.minorticks_off()
-        axis.set_yticks(
-            own["seconds"][:: max(1, len(seconds) - 1)], [f"{s:.2f}" for s in own["seconds"][:: max(1, len(seconds) - 1)]]
-        )
+        ends = (seconds[0], seconds[-1])
+        axis.set_yticks(ends, [f"{s:.2f}" for s in ends])
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(found) :]:
         axis.set_visible(False)
