@@ -70,7 +70,7 @@ def default() -> ConfigDict:
     c.model.param_dtype = "float32"  # bf16 masters lose updates at small learning rates
     c.model.attention = "auto"  # splash on TPUs, cudnn on NVIDIA GPUs where it can, xla elsewhere; full is the oracle
     c.model.remat = "dots"  # none, dots (keep matrix products), attention, full (a layer's input), dots_offload, full_offload
-    c.model.logps_chunk_tokens = 128  # logits exist for this many tokens at a time
+    c.model.logps_chunk_tokens = 256  # logits exist for this many tokens at a time
     c.model.router_loss_weight = 0.0  # of a mixture of experts' load-balancing loss
     c.model.ignore_fields = ""  # fields of model.init's config.json that are known not to matter, comma-separated
     c.model.shape = ""  # a config.json, or its folder: the model of random weights, in place of the sizes below

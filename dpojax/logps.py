@@ -78,8 +78,8 @@ def _target_logit(logits, target):
     )
 
 
-def _chunk(x, index, size):
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+def _chunk(x, first, size):
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
 
 def _gather(hidden, predictor):
@@ -87,17 +87,29 @@ def _gather(hidden, predictor):
     return jnp.take_along_axis(hidden, predictor[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
-def _pad(x, size):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
+def _pad(x, size, value=0):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
 
 
-def _flat_chunk(x, index, size):
+def _flat_chunk(x, first, size):
     """A chunk as [A C], as `_gather` has its hidden states."""
-    return _chunk(x, index, size).reshape(-1)
+    return _chunk(x, first, size).reshape(-1)
 
 
-def _num_chunks(count, size):
-    return (count + size - 1) // size
+def _put_chunk(x, part, first):
+    return jax.lax.dynamic_update_slice_in_dim(x, part.reshape(x.shape[0], -1), first, axis=1)
+
+
+def _each_chunk(count, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """body(first token, number of tokens, carry) over `count` tokens: by chunks, then by quarters of one.
+
+    The trip counts are read from `count`: large products, and yet little work on padding.
+    """
+    part = chunk // 4 if chunk % 4 == 0 else chunk
+    full = count // chunk
+    rest = (count - full * chunk + part - 1) // part
+    carry = jax.lax.fori_loop(0, full, lambda i, carry: body(i * chunk, chunk, carry), carry)
+    return jax.lax.fori_loop(0, rest, lambda i, carry: body(full * chunk + i * part, part, carry), carry)
 
 
 def scores_by_shard(
@@ -142,8 +154,8 @@ def token_scores(
 ) -> TokenScores:
     """log pi(target | prefix) of every scored token, in nats, and what else is wanted of it.
 
-    The logits exist one chunk of tokens at a time, in both passes: the backward pass computes them
-    anew and accumulates the head's gradient in float32. Work follows `count`, not T; the chunks past it are 0.
+    The logits exist one chunk of tokens at a time, in both passes: the backward pass computes them anew from their
+    log-sum-exp and accumulates the head's gradient in float32. Work follows `count`, not T; the tokens past it are 0.
 
     Args:
       unembed: (head, hidden) -> float32 logits.
@@ -159,11 +171,16 @@ def token_scores(
       squares: whether to compute `log_sum_sq`.
       frozen: the head is not trained: its gradient, two thirds of the backward pass's work with logits, is not computed.
     """
-    target, predictor, size = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
+    return _scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)[0]
+
+
+def _scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares):
+    """The scores, and the log-sum-exp of every scored token's logits."""
+    target, predictor, length = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
     head = head if spread is None else spread.gather(head)
 
-    def body(i, out):
-        y, index = _flat_chunk(target, i, chunk), _chunk(predictor, i, chunk)
+    def body(first, size, out):
+        y, index = _flat_chunk(target, first, size), _chunk(predictor, first, size)
         logits = unembed(head, _gather(hidden, index))
         lse, own = jax.nn.logsumexp(logits, axis=-1), _target_logit(logits, y)
         logps = own - lse
@@ -181,43 +198,45 @@ def token_scores(
 
         zero = jnp.zeros_like(logps)
         described = jax.lax.cond(details, describe, lambda: (zero, zero.astype(bool), zero))
-        part = TokenScores(logps, kl, ref_logps, log_sum_sq, *described)
-        put = lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p.reshape(index.shape), i * chunk, axis=1)
-        return jax.tree.map(put, out, part)
+        part = TokenScores(logps, kl, ref_logps, log_sum_sq, *described), lse
+        return jax.tree.map(lambda o, p: _put_chunk(o, p, first), out, part)
 
     zero = jnp.zeros(target.shape, jnp.float32)
     asked = lambda wanted: zero if wanted else None
     on = ref is not None
     start = TokenScores(zero, asked(on), asked(on), asked(squares), zero, jnp.zeros(target.shape, bool), zero)
-    out = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, start)
-    return jax.tree.map(lambda x: x[:, :size], out)
+    out = _each_chunk(count, chunk, body, (start, zero))
+    return jax.tree.map(lambda x: x[:, :length], out)
 
 
 def _token_scores_fwd(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen):
-    scores = token_scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen)
-    return scores, (head, hidden, ref, predictor, target, count)
+    del frozen
+    scores, lse = _scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares)
+    return scores, (head, hidden, ref, predictor, target, count, lse)
 
 
 def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotangents):
     del squares
-    head, hidden, ref, predictor, target, count = residuals
+    head, hidden, ref, predictor, target, count, lse = residuals
     target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
+    lse = _pad(lse, chunk, jnp.inf)  # so that padding's probabilities are 0
     kl_cotangent = None if ref is None else _pad(cotangents.kl, chunk)
     shard = jnp.arange(hidden.shape[0])[:, None]
     part, head = head, head if spread is None else spread.gather(head)
 
-    def body(i, carry):
+    def body(first, size, carry):
         d_head, d_hidden = carry
-        index, y, g = _chunk(predictor, i, chunk), _flat_chunk(target, i, chunk), _flat_chunk(cotangent, i, chunk)
+        index = _chunk(predictor, first, size)
+        y, g, own_lse = (_flat_chunk(x, first, size) for x in (target, cotangent, lse))
         if frozen:
             logits, pullback = jax.vjp(functools.partial(unembed, head), _gather(hidden, index))
         else:
             logits, pullback = jax.vjp(unembed, head, _gather(hidden, index))
-        p = jax.nn.softmax(logits, axis=-1)
+        p = jnp.exp(logits - own_lse[..., None])
         d_logits = (_is_target(y, logits.shape[-1]) - p) * g[..., None]
         if ref is not None:
             q = jax.nn.softmax(unembed(ref.head, _gather(ref.hidden, index)), axis=-1)
-            d_logits = d_logits + (p - q) * _flat_chunk(kl_cotangent, i, chunk)[..., None]
+            d_logits = d_logits + (p - q) * _flat_chunk(kl_cotangent, first, size)[..., None]
         *d_head_chunk, d_hidden_chunk = pullback(d_logits)
         if not frozen:
             d_head = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), d_head, *d_head_chunk)
@@ -225,7 +244,7 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
         return d_head, d_hidden.at[shard, index].add(d_hidden_chunk)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (() if frozen else head, hidden))
-    d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(count, chunk), body, zeros)
+    d_head, d_hidden = _each_chunk(count, chunk, body, zeros)
     if frozen:
         d_head = jax.tree.map(jnp.zeros_like, part)
     else:

@@ -347,6 +347,7 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
     given = sum(program.memory.values())
     categories = {**program.memory, "temporary": float(temporary), "program": float(found.generated_code_size_in_bytes)}
     peak = given + temporary + found.generated_code_size_in_bytes
+    # At most: whole chunks and the quarters behind them are two loops, and each is counted so.
     chunks = max(1.0, work.scored / config.model.logps_chunk_tokens)
     text = compiled.as_text()
     if hlo:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from dpojax.data.packing import TokenPair, visible
+from dpojax.logps import token_logps
 from dpojax.losses import LOG2
 from dpojax.objectives import make_loss
 from dpojax.train import (
@@ -63,6 +64,34 @@ def test_token_kl_and_squares_are_those_of_the_full_softmax_and_so_is_the_gradie
 
     for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(PARAMS)) for f in (by_chunks, naive)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 8, 64])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 13, 22, 23])
+def test_scores_and_gradients_are_those_of_all_logits_at_once_for_every_count_and_chunk(count, chunk):
+    """Whole chunks, quarters and what neither divides; logits so large that exp of one overflows."""
+    rng = np.random.default_rng(count)
+    scored, vocabulary, width = 23, 11, 5
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 30, width), (width, vocabulary)))
+    head = 60 * head
+    predictor, target = (jnp.asarray(rng.integers(0, n, (1, scored))) for n in (30, vocabulary))
+    used = np.arange(scored) < count
+    weight = jnp.asarray(rng.normal(size=scored), jnp.float32) * used
+    unembed = lambda head, x: x @ head
+
+    def ours(head, hidden):
+        found = token_logps(unembed, head, hidden, predictor, target, jnp.int32(count), chunk)
+        return jnp.sum(weight * found[0]), found
+
+    def naive(head, hidden):
+        logps = jax.nn.log_softmax(hidden[0, predictor[0]] @ head, axis=-1)[jnp.arange(scored), target[0]]
+        return jnp.sum(weight * logps), logps
+
+    (_, logps), grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(head, hidden)
+    (_, expected), oracle = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(head, hidden)
+    np.testing.assert_allclose(logps[0][used], expected[used], rtol=1e-5, atol=1e-4)
+    for own, other in zip(grads, oracle, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=2e-4)
 
 
 def test_no_array_of_all_tokens_times_the_vocabulary_exists_in_a_tdpo_step():

@@ -80,7 +80,7 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
         "data.eval_max_pairs": 8,
         "model.init": folder / "model",
         "model.dtype": own["dtype"],
-        "model.remat": "full" if own["remat"] else "none",
+        "model.remat": "full" if own["remat"] else "dots",
         "reference.mode": "cached" if own["cached"] else "live",
         "batch_size": own["pairs"],
         "num_steps": own["steps"],
