@@ -104,6 +104,27 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
+def draw(found: dict[str, dict], file: pathlib.Path) -> None:
+    """A panel for each variation, all on one scale of seconds."""
+    columns = -(-len(found) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.2 * columns, 5.6), sharey=True, squeeze=False)
+    for axis, (name, own) in zip(axes.flat, found.items(), strict=False):
+        axis.loglog(own["size"], own["seconds"], "o-")
+        axis.set(xlabel=LABELS[name], title=f"exponent {own['exponent']:.2f}")
+        axis.set_xticks(own["size"], [f"{s:,}" for s in own["size"]], rotation=30)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(found) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("seconds of a step")
+    every = [s for own in found.values() for s in own["seconds"]]
+    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100) if min(every) / 2 < t < 2 * max(every)]
+    axes[0, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="")
@@ -129,28 +150,17 @@ def main() -> None:
             found[name]["seconds"].append(known[key])
             print(f"{LABELS[name]} {size}: {found[name]['seconds'][-1]:.2f} s", flush=True)
     lines = ["| varied | from | to | seconds of a step | exponent | of the last two |", "|---|---|---|---|---|---|"]
-    figure, axes = plt.subplots(2, -(-len(found) // 2), figsize=(3.2 * -(-len(found) // 2), 5.6), squeeze=False)
-    for axis, (name, own) in zip(axes.flat, found.items(), strict=False):
+    for name, own in found.items():
         sizes, seconds = own["size"], own["seconds"]
         own["exponent"], own["last"] = slope(sizes, seconds), slope(sizes[-2:], seconds[-2:])
         shown = ", ".join(f"{s:.2f}" for s in seconds)
         lines.append(f"| {LABELS[name]} | {sizes[0]:,} | {sizes[-1]:,} | {shown} | {own['exponent']:.2f} | {own['last']:.2f} |")
-        axis.loglog(sizes, seconds, "o-")
-        axis.set(xlabel=LABELS[name], ylabel="seconds of a step", title=f"exponent {own['exponent']:.2f}")
-        axis.set_xticks(sizes, [f"{s:,}" for s in sizes], rotation=30)
-        axis.minorticks_off()
-        ends = (seconds[0], seconds[-1])
-        axis.set_yticks(ends, [f"{s:.2f}" for s in ends])
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes.flat)[len(found) :]:
-        axis.set_visible(False)
     text = "\n".join(lines) + f"\n\nOtherwise: {', '.join(f'{LABELS[n]} {v:,}' for n, v in BASE.items())}.\n"
     out = pathlib.Path(args.out or ".")
     out.mkdir(parents=True, exist_ok=True)
     (out / "scaling.json").write_text(json.dumps({"base": BASE, "found": found}, indent=1) + "\n")
     (out / "scaling.md").write_text(text)
-    figure.tight_layout()
-    figure.savefig(out / "scaling.png", dpi=120)
+    draw(found, out / "scaling.png")
     print(text)
 
 
