@@ -87,8 +87,8 @@ def _gather(hidden, predictor):
     return jnp.take_along_axis(hidden, predictor[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
-def _pad(x, size, value=0):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
+def _pad(x, size):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
 
 
 def _flat_chunk(x, first, size):
@@ -106,8 +106,7 @@ def _each_chunk(count, chunk: int, body: Callable[[Any, int, Any], Any], carry: 
     The trip counts are read from `count`: large products, and yet little work on padding.
     """
     part = chunk // 4 if chunk % 4 == 0 else chunk
-    full = count // chunk
-    rest = (count - full * chunk + part - 1) // part
+    full, rest = count // chunk, -(-(count % chunk) // part)
     carry = jax.lax.fori_loop(0, full, lambda i, carry: body(i * chunk, chunk, carry), carry)
     return jax.lax.fori_loop(0, rest, lambda i, carry: body(full * chunk + i * part, part, carry), carry)
 
@@ -175,7 +174,7 @@ def token_scores(
 
 
 def _scores(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares):
-    """The scores, and the log-sum-exp of every scored token's logits."""
+    """The scores, and the log-sum-exp of the logits of every token that was computed, the last chunk's padding included."""
     target, predictor, length = _pad(target, chunk), _pad(predictor, chunk), target.shape[1]
     head = head if spread is None else spread.gather(head)
 
@@ -205,8 +204,8 @@ def _scores(unembed, spread, head, hidden, ref, predictor, target, count, detail
     asked = lambda wanted: zero if wanted else None
     on = ref is not None
     start = TokenScores(zero, asked(on), asked(on), asked(squares), zero, jnp.zeros(target.shape, bool), zero)
-    out = _each_chunk(count, chunk, body, (start, zero))
-    return jax.tree.map(lambda x: x[:, :length], out)
+    scores, lse = _each_chunk(count, chunk, body, (start, zero))
+    return jax.tree.map(lambda x: x[:, :length], scores), lse
 
 
 def _token_scores_fwd(unembed, spread, head, hidden, ref, predictor, target, count, details, chunk, squares, frozen):
@@ -219,7 +218,6 @@ def _token_scores_bwd(unembed, spread, chunk, squares, frozen, residuals, cotang
     del squares
     head, hidden, ref, predictor, target, count, lse = residuals
     target, predictor, cotangent = _pad(target, chunk), _pad(predictor, chunk), _pad(cotangents.logps, chunk)
-    lse = _pad(lse, chunk, jnp.inf)  # so that padding's probabilities are 0
     kl_cotangent = None if ref is None else _pad(cotangents.kl, chunk)
     shard = jnp.arange(hidden.shape[0])[:, None]
     part, head = head, head if spread is None else spread.gather(head)
