@@ -65,6 +65,7 @@ def test_twenty_steps_follow_trl(shared_data, tmp_path, name):
         np.testing.assert_allclose([r[key] for r in found], FROZEN[name][key], atol=1e-2, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @needs_oracles
 def test_trl_still_gives_the_frozen_numbers(shared_data, tmp_path):

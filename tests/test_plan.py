@@ -122,6 +122,7 @@ def test_the_loss_layer_needs_a_quarter_of_a_gibibyte():
     assert (temporary - 2 * width * vocab) / 2**30 <= 0.25
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_a_plan_of_a_whole_step_says_what_it_needs_and_what_does_not_fit_ends_with_6(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL_LLAMA))

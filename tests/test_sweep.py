@@ -35,6 +35,7 @@ def assert_equal_runs(found, solo, atol=2e-5):
     np.testing.assert_allclose([a[k] for k in shared], [b[k] for k in shared], rtol=1e-4, atol=atol)
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_equals_its_solo_run(files, plain, tmp_path):
     output = run_sweep(
         files, tmp_path, "--sweep.loss.beta=0.1,0.4", "--sweep.loss.name=sigmoid,ipo", "--sweep.optim.learning_rate=1e-3"
