@@ -152,7 +152,7 @@ def default() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.sequence = 1  # devices that share each row's tokens, for long contexts; attention trades tokens for heads
     c.mesh.tensor = 1
-    c.mesh.num_slices = 0  # TPU slices, or groups of hosts: the data axis alone crosses them. 0: as the devices say
+    c.mesh.num_slices = 0  # TPU slices, or groups of hosts: the data axis alone crosses them. 0: as TPUs say
     # logical axis -> mesh axis, or several, outermost first ("fsdp,sequence"); "" keeps it whole
     c.mesh.rules = ConfigDict(
         dict(

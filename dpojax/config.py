@@ -181,7 +181,7 @@ class MeshConfig:
     fsdp: int
     sequence: int  # devices that share each row's tokens; attention exchanges them for heads
     tensor: int
-    num_slices: int  # groups of devices with a fast network inside; the data axis alone crosses them. 0: as the devices say
+    num_slices: int  # groups of devices with a fast network inside; the data axis alone crosses them. 0: as TPUs say
     rules: dict[str, str]
 
 

@@ -7,6 +7,7 @@ from Slurm, Open MPI, Kubernetes or a TPU slice, which jax.distributed.initializ
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +45,23 @@ def launcher(environ: Mapping[str, str], *, tpu_host: bool = False) -> str:
     return ""
 
 
-def _tpu_host() -> bool:
-    return any(pathlib.Path("/dev").glob("accel[0-9]*")) and importlib.util.find_spec("libtpu") is not None
+_GOOGLE, _TPUS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI ids
+
+
+def tpu_host(pci: pathlib.Path = pathlib.Path("/sys/bus/pci/devices")) -> bool:
+    """Whether this machine has TPU chips; their device files go by other names from one generation to the next."""
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    read = lambda file: file.read_text().strip() if file.exists() else ""
+    return any(read(d / "vendor") == _GOOGLE and read(d / "device") in _TPUS for d in pci.glob("*"))
+
+
+def alone_on_its_machine(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher started one process a machine, which then has all of the machine's GPUs."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
+        return environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")  # 2(x3),1
+    return bool(tasks) and {re.sub(r"\(x\d+\)", "", part) for part in tasks.split(",")} == {"1"}
 
 
 def join_processes(environ: Mapping[str, str] = os.environ) -> str:
@@ -55,10 +71,12 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> str:
     """
     import jax
 
-    found = launcher(environ, tpu_host=_tpu_host())
+    found = launcher(environ, tpu_host=tpu_host())
     if not found:
         return ""
     options: dict[str, Any] = {}
+    if alone_on_its_machine(environ) and "JAX_LOCAL_DEVICE_IDS" not in environ:
+        options["local_device_ids"] = []  # JAX would leave it the first GPU; an empty list restricts nothing
     try:
         options["heartbeat_timeout_seconds"] = int(environ.get("DPOJAX_HEARTBEAT_SECONDS", "100"))  # JAX's own default
         if found == "jax":

@@ -110,9 +110,8 @@ def build_model(job: Job, config: ModelConfig, shape: PackShape | None = None, k
 def kernel_name(job: Job, config: ModelConfig, layout: str) -> tuple[str, str]:
     """The attention kernel of a run on rows of this layout, and why it is that one where it is a choice."""
     section = job.config.model
-    return kernels.choose(
-        section.attention, config, dtype=section.dtype, layout=layout, platform=job.mesh.devices.flat[0].platform
-    )
+    platform = kernels.device_platform(job.mesh.devices.flat[0])
+    return kernels.choose(section.attention, config, dtype=section.dtype, layout=layout, platform=platform)
 
 
 def fitted(job: Job, policy: Policy, shape: PackShape) -> Policy:

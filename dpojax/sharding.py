@@ -70,9 +70,10 @@ def make_mesh(
 
 
 def config_mesh(section: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a run; with as many slices as its devices say where the config says nothing."""
+    """The mesh of a run; with as many slices as its TPUs say where the config says nothing."""
     devices = jax.devices() if devices is None else devices
-    slices = section.num_slices or len({getattr(d, "slice_index", None) or 0 for d in devices})
+    # GPUs have a slice_index too: their machine's, whatever the network between them is.
+    slices = section.num_slices or len({(d.platform == "tpu" and getattr(d, "slice_index", None)) or 0 for d in devices})
     sizes = {axis: getattr(section, axis) for axis in MESH_AXES}
     return make_mesh(**sizes, num_slices=slices, devices=devices)
 

@@ -1,5 +1,6 @@
 """What goes wrong on real machines, each with its outcome: kills, damaged files, bad numbers, full disks, bad weights."""
 
+import importlib.util
 import json
 import os
 import random
@@ -36,7 +37,7 @@ from dpojax.config import from_config_dict, load_config_file
 from dpojax.data.pipeline import _name_failures
 from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
-from dpojax.launch import launcher
+from dpojax.launch import alone_on_its_machine, launcher, tpu_host
 from dpojax.main import make_workdir
 from dpojax.models import hf
 from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, new_state
@@ -130,6 +131,23 @@ def test_what_started_the_processes_is_recognised():
     for alone in ({}, {**slurm, "SLURM_NTASKS": "1"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
         assert launcher(alone) == ""
     assert launcher({"JAX_PLATFORMS": "cpu"}, tpu_host=True) == "" and launcher({}, tpu_host=True) == "tpu"
+
+
+def test_a_process_that_is_alone_on_its_machine_has_all_its_gpus():
+    for tasks, alone in {"1": True, "1(x4)": True, "1(x2),1": True, "8(x4)": False, "1,2": False, "": False}.items():
+        assert alone_on_its_machine({"SLURM_STEP_TASKS_PER_NODE": tasks}) == alone, tasks
+    assert alone_on_its_machine({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) and not alone_on_its_machine({})
+
+
+def test_tpus_are_found_on_the_pci_bus(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name, vendor, device in (("a", "0x8086", "0x0063"), ("b", "0x1ae0", "0x001f")):  # a network card of Google's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "device").write_text(device + "\n")
+    assert not tpu_host(tmp_path)
+    (tmp_path / "b" / "device").write_text("0x0063\n")  # v5e
+    assert tpu_host(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["config", "data"])

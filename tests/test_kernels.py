@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from dpojax import sharding
+from dpojax.config import MeshConfig
 from dpojax.data.packing import plan_step
 from dpojax.data.pipeline import Lengths, Work, make_shape
 from dpojax.errors import ConfigError
@@ -199,14 +201,28 @@ def test_auto_takes_what_the_device_and_the_model_allow():
     choose = functools.partial(kernels.choose, "auto", dtype="bfloat16", layout="auto")
     plain, capped = tiny.CONFIG, dataclasses.replace(tiny.CONFIG, attention_softcap=50.0)
     assert choose(plain, platform="tpu")[0] == "splash" and choose(capped, platform="tpu")[0] == "splash"
-    assert choose(plain, platform="gpu")[0] == "cudnn" and choose(plain, platform="cpu")[0] == "xla"
-    assert choose(capped, platform="gpu") == ("xla", "cuDNN has no soft-capped scores")
-    assert kernels.choose("auto", plain, dtype="float32", layout="auto", platform="gpu")[0] == "xla"
-    with pytest.raises(ConfigError, match="cuDNN runs on NVIDIA GPUs, this is cpu"):
+    assert (
+        choose(plain, platform="cuda")[0] == "cudnn"
+        and choose(plain, platform="gpu")[0] == "xla"
+        and choose(plain, platform="cpu")[0] == "xla"
+    )
+    assert choose(capped, platform="cuda") == ("xla", "cuDNN has no soft-capped scores")
+    assert kernels.choose("auto", plain, dtype="float32", layout="auto", platform="cuda")[0] == "xla"
+    assert kernels.choose("auto", plain, dtype="bfloat16", layout="separate", platform="cuda")[0] == "xla"
+    with pytest.raises(ConfigError, match=r"cuDNN runs on NVIDIA GPUs .*, this is cpu"):
         kernels.choose("cudnn", plain, dtype="bfloat16", layout="shared", platform="cpu")
     windowed = dataclasses.replace(tiny.CONFIG, windows=(4, 0))
     with pytest.raises(ConfigError, match="windows are not distances"):
         kernels.choose("splash", windowed, dtype="float32", layout="slots", platform="tpu")
+
+
+def test_cudnn_is_for_nvidia_gpus_that_it_runs_on():
+    device = lambda kind, capability: types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    assert kernels.device_platform(device("NVIDIA H200", "9.0")) == "cuda"
+    assert kernels.device_platform(device("NVIDIA B200", "10.0")) == "cuda"
+    assert kernels.device_platform(device("NVIDIA Tesla V100", "7.0")) == "gpu"
+    assert kernels.device_platform(device("AMD Instinct MI300X", "gfx942")) == "gpu"
+    assert kernels.device_platform(jax.devices()[0]) == "cpu"
 
 
 def test_cudnn_is_lowered_for_gpus(monkeypatch):
@@ -224,6 +240,17 @@ def test_cudnn_is_lowered_for_gpus(monkeypatch):
     f = lambda q, k, v: jnp.sum(kernel.attend(q, k, v, kernel.prepare(rows)).astype(jnp.float32))
     text = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert "cudnn" in text and "PADDING_CAUSAL" in text
+
+
+@pytest.mark.parametrize("remat, passes", [("full", 2), ("attention", 1), ("dots", 1), ("dots_offload", 1)])
+def test_remat_policies_keep_cudnns_attention(monkeypatch, remat, passes):
+    """How often attention's forward pass is in the program of a gradient."""
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for check, answer in (("check_cudnn_version", 91500), ("check_compute_capability", True)):
+        monkeypatch.setattr(private, check, lambda *_, answer=answer: answer)
+    gradient, *args = tiny.gradient_on(kernels.make_kernel, "cudnn", platform="gpu", remat=remat)
+    text = str(jax.make_jaxpr(gradient)(*args))
+    assert text.count("= dot_product_attention_fwd_wrapper") == passes
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -258,6 +285,18 @@ def test_scores_by_shard_equal_those_of_one_device_with_gradients(mesh, tied):
     norm = np.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(gb)))
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() < 1e-5 * norm
+
+
+def test_slices_are_those_of_tpus():
+    """GPUs say in which machine they are by the same name; a mesh that spans them is one."""
+    device = lambda platform, i: types.SimpleNamespace(platform=platform, slice_index=i, id=i)
+    section = MeshConfig(data=1, fsdp=2, sequence=1, tensor=1, num_slices=0, rules={})
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **options: found.append(options["num_slices"]))
+        for platform in ("tpu", "gpu"):
+            sharding.config_mesh(section, [device(platform, 0), device(platform, 1)])
+    assert found == [2, 1]
 
 
 def test_slices_are_crossed_by_the_data_axis_alone():

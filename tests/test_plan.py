@@ -104,6 +104,18 @@ def test_kernels_compile_for_tpus_on_a_mesh():
 
 
 @needs_tpu_compiler
+@pytest.mark.parametrize("remat, passes", [("full", 2), ("attention", 1), ("dots_offload", 1)])
+def test_remat_policies_keep_splashs_attention(remat, passes):
+    """How often attention's forward pass is in the compiled program of a gradient."""
+    gradient, *args = tiny.gradient_on(kernels.make_kernel, "splash", platform="tpu", remat=remat)
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=topology("v5e:2x2")[:1])
+    here = NamedSharding(mesh, P())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    lines = jax.jit(gradient).lower(*jax.tree.map(place, args)).compile().as_text().splitlines()
+    assert sum("tpu_custom_call" in line and "splash_mha_fwd" in line for line in lines) == passes
+
+
+@needs_tpu_compiler
 def test_the_loss_layer_needs_a_quarter_of_a_gibibyte():
     """8,192 tokens x 128,256 pieces x 4,096 wide, backward included, the head's gradient accumulated in float32."""
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=topology("v5p:2x2x1")[:1])

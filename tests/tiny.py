@@ -1,5 +1,6 @@
 """A tiny decoder and random token groups, for tests."""
 
+import dataclasses
 import functools
 
 import jax
@@ -140,3 +141,15 @@ def naive_logps(m, p, prompt, response):
     logps = all_logps(m, p, [*prompt, *response])
     index = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
     return logps[index, np.asarray(response)]
+
+
+def gradient_on(make_kernel, name: str, *, platform: str, remat: str):
+    """(a function, its arguments): the gradient of a bf16 model's hidden states on an attention kernel."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, head_dim=128)
+    batch, shape = pack(groups(np.random.default_rng(3), 3), row_tokens=128, row_groups=4)
+    bf16, f32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    kernel = make_kernel(name, config, shape, platform=platform)
+    made = make_decoder(config, attention=kernel, dtype=bf16, param_dtype=f32, remat=remat, constrain=lambda x: x)
+    rows = [jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.group, batch.branch)]
+    total = lambda p, *rows: jnp.sum(made.hidden_states(p, *rows).astype(jnp.float32))
+    return jax.grad(total), jax.eval_shape(made.init, jax.random.key(0)), *rows

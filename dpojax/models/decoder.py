@@ -37,15 +37,28 @@ def _offload(names: list[str]):
     )
 
 
+_named = _SAVE.save_only_these_names(SAVED)
+_dots_in_host = _SAVE.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+
+def _attention(prim, *args, **params):
+    """What attention's backward pass needs of its forward pass: by name, or from cuDNN, whose results jax gives no name."""
+    return prim.name.startswith("dot_product_attention_fwd") or _named(prim, *args, **params)
+
+
+def _attention_and_offloaded_dots(prim, *args, **params):
+    return _attention(prim, *args, **params) or _dots_in_host(prim, *args, **params)
+
+
 REMAT = {
     "none": None,
     "full": _SAVE.nothing_saveable,
     "full_offload": _offload([LAYER_INPUT]),
     # attention alone is kept besides a layer's input: the projections are computed again, the scores are not
-    "attention": _SAVE.save_only_these_names(SAVED),
+    "attention": _attention,
     # matrix products of the projections, and attention: what is left is cheap to compute again
-    "dots": _SAVE.save_from_both_policies(_SAVE.dots_with_no_batch_dims_saveable, _SAVE.save_only_these_names(SAVED)),
-    "dots_offload": _SAVE.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "dots": _SAVE.save_from_both_policies(_SAVE.dots_with_no_batch_dims_saveable, _attention),
+    "dots_offload": _attention_and_offloaded_dots,  # attention stays on the device
 }
 
 ACTIVATION = {

@@ -182,6 +182,15 @@ def cudnn_sequences(shape: PackShape, windows: tuple[int, ...], *, implementatio
 NAMES = ("auto", "xla", "cudnn", "splash", "full")
 
 
+def device_platform(device: Any) -> str:
+    """The device's platform: "cuda" for NVIDIA GPUs that cuDNN's attention runs on (Ampere and later), "gpu" for others."""
+    if device.platform != "gpu":
+        return device.platform
+    capability = str(getattr(device, "compute_capability", ""))  # 9.0; AMD's are gfx90a
+    number = capability.partition(".")[0]
+    return "cuda" if device.device_kind.startswith("NVIDIA") and number.isdecimal() and int(number) >= 8 else "gpu"
+
+
 def why_not(name: str, config: ModelConfig, *, dtype: str, layout: str) -> str:
     """Why a kernel cannot compute this model's attention on rows of this layout, or ""."""
     if name == "cudnn":
@@ -191,8 +200,8 @@ def why_not(name: str, config: ModelConfig, *, dtype: str, layout: str) -> str:
             return f"cuDNN takes heads of up to 128 in eights, not {config.head_dim}"
         if config.attention_softcap is not None:
             return "cuDNN has no soft-capped scores"
-        if layout == "slots":
-            return "cuDNN takes no slots"
+        if layout in ("slots", "separate"):
+            return f"cuDNN takes shared rows, not {layout}"
     if name == "splash" and layout == "slots" and any(config.windows):
         return "in slots, windows are not distances of a row"
     return ""
@@ -201,15 +210,17 @@ def why_not(name: str, config: ModelConfig, *, dtype: str, layout: str) -> str:
 def choose(name: str, config: ModelConfig, *, dtype: str, layout: str, platform: str) -> tuple[str, str]:
     """(the kernel that model.attention=`name` means on `platform`, the reason where it is a choice).
 
+    Args:
+      platform: as `device_platform` has it.
     Raises: ConfigError where a kernel is asked for by name and cannot do it.
     """
-    fastest = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    fastest = {"tpu": "splash", "cuda": "cudnn"}.get(platform, "xla")
     if name == "auto":
         reason = why_not(fastest, config, dtype=dtype, layout=layout)
         return ("xla", reason) if reason else (fastest, f"on {platform}")
     reason = why_not(name, config, dtype=dtype, layout=layout)
     if name == "cudnn" and fastest != "cudnn":
-        reason = f"cuDNN runs on NVIDIA GPUs, this is {platform}"
+        reason = f"cuDNN runs on NVIDIA GPUs (Ampere and later), this is {platform}"
     if reason:
         raise ConfigError(f"model.attention is {name!r}: {reason}; set 'auto' or 'xla'")
     return name, ""
