@@ -10,6 +10,7 @@ and their dropout (--config.data.seed fixes the data's). The same command goes o
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -30,10 +31,11 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax import evaluate, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, apply_override, from_config_dict, load_config_file
+from dpojax.config import Config, apply_override, from_config_dict, load_config_file, to_dict
 from dpojax.data.pipeline import eval_batches
 from dpojax.errors import ConfigError, DpojaxError, Interrupted
-from dpojax.job import Job, Stop
+from dpojax.job import Job, Stop, same_everywhere
+from dpojax.launch import join_processes
 from dpojax.main import StopSignal, make_workdir
 from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
@@ -108,7 +110,7 @@ def _check(name: str, config: Config, seeds: bool) -> None:
         raise ConfigError(f"{name}: {loss.name} couples the pairs of a batch, moves its reference or needs more of it; {both}")
     if config.model.router_loss_weight:
         raise ConfigError(f"{name}: model.router_loss_weight={config.model.router_loss_weight}: not in a sweep; {both}")
-    if seeds and (not config.lora.rank or config.data.seed < 0 or config.sft.num_steps):
+    if seeds and (not config.lora.rank or config.data.seed < 0 or config.sft.num_steps or not config.model.init):
         raise ConfigError(
             "--sweep.seed: runs share data, SFT stage and reference, so that a seed is that of adapters: set lora.rank, "
             "model.init and --config.data.seed"
@@ -378,6 +380,8 @@ def main(argv: Sequence[str]) -> int:
         runs = combinations(values, grid)
         folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
         jax.config.update("jax_threefry_partitionable", True)
+        join_processes()
+        same_everywhere("runs", hashlib.sha256(repr([(n, to_dict(c)) for n, c in runs.items()]).encode()).hexdigest())
         found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)
         keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")
         say("\n| run | " + " | ".join(keys) + " |\n|---|" + "---|" * len(keys))

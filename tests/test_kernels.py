@@ -15,6 +15,7 @@ from dpojax.config import MeshConfig
 from dpojax.data.packing import plan_step
 from dpojax.data.pipeline import Lengths, Work, make_shape
 from dpojax.errors import ConfigError
+from dpojax.logps import token_logps
 from dpojax.models import kernels
 from dpojax.models.attention import NO_WINDOW, Rows, blocked, masked, spans
 from dpojax.models.lanes import collect, dense_lanes, one_sequence_each, spread
@@ -251,6 +252,30 @@ def test_remat_policies_keep_cudnns_attention(monkeypatch, remat, passes):
     gradient, *args = tiny.gradient_on(kernels.make_kernel, "cudnn", platform="gpu", remat=remat)
     text = str(jax.make_jaxpr(gradient)(*args))
     assert text.count("= dot_product_attention_fwd_wrapper") == passes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_products_are_of_bfloat16_in_both_passes(tied):
+    """On GPUs too, where JAX makes both operands float32 if one of them is; and the gradients are float32's, rounded."""
+    config = dataclasses.replace(tiny.CONFIG, tie_embeddings=tied)
+    rng = np.random.default_rng(4)
+    rounded = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    shape = (config.vocab_size, config.hidden_size) if tied else (config.hidden_size, config.vocab_size)
+    head, hidden = {"embed" if tied else "unembed": rounded(*shape)}, rounded(1, 24, config.hidden_size)
+    where = [jnp.asarray(rng.integers(0, n, (1, 16))) for n in (24, config.vocab_size)]
+
+    def gradients(dtype):
+        model = tiny.model(config, dtype=dtype)
+        f = lambda head, hidden: jnp.sum(token_logps(model.unembed, head, hidden, *where, jnp.int32(16), 8))
+        return jax.jit(jax.grad(f, argnums=(0, 1)))
+
+    text = gradients("bfloat16").trace(head, hidden).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all(line.count("bf16>") == 2 for line in products), products
+    exact = gradients("float32")(*jax.tree.map(lambda x: x.astype(jnp.float32), (head, hidden)))
+    for a, b in zip(jax.tree.leaves(gradients("bfloat16")(head, hidden)), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, command, environment, numbers, run, wait_for
+from runs import ROOT, by_jax, command, environment, free_port, numbers, run, wait_for
 
 from dpojax import sweep
-from dpojax.config import load_config_file
+from dpojax.config import apply_override, load_config_file
 from dpojax.errors import ConfigError
 
 
@@ -83,16 +83,38 @@ def test_seeds_of_adapters_are_those_of_their_solo_runs(files, plain, tmp_path):
     assert first != second
 
 
+@pytest.mark.slow
+def test_a_sweep_in_two_processes_is_that_of_one(files, tmp_path):
+    grid = "--sweep.loss.beta=0.1,0.4"
+    port = free_port()
+    argv = sweep_command(files, tmp_path / "two", grid, **{"mesh.data": 1, "mesh.fsdp": 2})
+    two = [
+        subprocess.Popen(
+            argv, env=environment(**by_jax(2, i, port)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(2)
+    ]
+    outputs = [p.communicate(timeout=300)[0] for p in two]
+    assert [p.returncode for p in two] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    run_sweep(files, tmp_path / "one", grid)
+    for name in ("beta=0.1", "beta=0.4"):
+        assert_equal_runs(tmp_path / "two" / name, tmp_path / "one" / name)
+
+
 @pytest.mark.parametrize(
     ("grid", "overrides", "message"),
     [
         ({"batch_size": ["8", "16"]}, {}, "differ in loss"),
         ({"loss.name": ["sigmoid", "aot"]}, {}, "couples the pairs"),
         ({"seed": ["1", "2"]}, {}, "set lora.rank"),
+        ({"seed": ["1", "2"]}, {"lora.rank": "2", "data.seed": "3", "sft.num_steps": "0"}, "model.init"),
         ({"loss.beta": ["0.1", "0.1"]}, {}, "stands there twice"),
         ({"loss.beta": ["0.1", "-1"]}, {}, "beta"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_said(grid, overrides, message):
+    values = load_config_file(str(ROOT / "configs/tldr.py"))
+    for key, text in overrides.items():
+        apply_override(values, key, text)
     with pytest.raises(ConfigError, match=message):
-        sweep.combinations(load_config_file(str(ROOT / "configs/tldr.py")), grid)
+        sweep.combinations(values, grid)

@@ -32,11 +32,11 @@ CONFIG = ModelConfig(
 )
 
 
-def model(config=CONFIG, *, full=False, remat="none"):
+def model(config=CONFIG, *, full=False, remat="none", dtype="float32"):
     return make_decoder(
         config,
         attention=masked() if full else blocked(block=16, chains=1),
-        dtype=jnp.dtype("float32"),
+        dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype("float32"),
         remat=remat,
         constrain=lambda x: x,

@@ -279,6 +279,36 @@ class _Decoder(_Rows):
         return x, cache, jax.tree.map(lambda x: x.sum(axis=0), routing)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def logits_product(equation: str, hidden: Array, matrix: Array) -> Float[Array, "*T V"]:
+    """einsum(equation, hidden, matrix), float32 out of operands in the dtype of the computation.
+
+    The backward pass has its products in that dtype too, with float32 sums: JAX would take float32 operands, since the
+    cotangent is one.
+    """
+    return jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _logits_product_fwd(equation, hidden, matrix):
+    return logits_product(equation, hidden, matrix), (hidden, matrix)
+
+
+def _logits_product_bwd(equation, kept, cotangent):
+    hidden, matrix = kept
+    inputs, out = equation.split("->")
+    of_hidden, of_matrix = inputs.split(",")
+    cotangent = cotangent.astype(matrix.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_hidden = product(f"{out},{of_matrix}->{of_hidden}", cotangent, matrix)
+    flat = {of_hidden[-1]: hidden.reshape(-1, hidden.shape[-1]), out[-1]: cotangent.reshape(-1, cotangent.shape[-1])}
+    first, second = of_matrix  # in the order of the result, which then needs no transpose
+    d_matrix = product(f"T{first},T{second}->{of_matrix}", flat[first], flat[second])
+    return d_hidden.astype(hidden.dtype), d_matrix.astype(matrix.dtype)
+
+
+logits_product.defvjp(_logits_product_fwd, _logits_product_bwd)
+
+
 def head_params(config: ModelConfig) -> tuple[str, ...]:
     """The names of the parameters that make logits of hidden states."""
     return ("embed",) if config.tie_embeddings else ("unembed", "unembed_bias") if config.head_bias else ("unembed",)
@@ -374,7 +404,7 @@ def make_decoder(
         equation = "...D,VD->...V" if config.tie_embeddings else "...D,DV->...V"
         matrix = in_compute(head[head_names[0]], dtype)
         # float32 out: a log-sum-exp over the vocabulary loses too much in bf16
-        logits = constrain_logits(jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32))
+        logits = constrain_logits(logits_product(equation, hidden, matrix))
         if config.head_bias:
             logits = logits + head["unembed_bias"].astype(jnp.float32)
         cap = config.logits_softcap
