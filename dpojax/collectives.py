@@ -31,12 +31,16 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?
 _LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 
 
+BETWEEN = "between slices"
+_CROSSING = re.compile(r"= \((\w+\[[\d,]*\])[^=]* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
+
+
 class Traffic(NamedTuple):
-    """What one kind of collective does in a step, on each device."""
+    """What one kind of collective does in a step, on each device. What passes from slice to slice is a kind of its own."""
 
     kind: str
     runs: float
-    sent: float  # bytes over the device's links, by the algorithm of rings
+    sent: float  # bytes that leave the device, by the algorithm of rings
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -95,12 +99,13 @@ def _sent(kind: str, size: float, group: int) -> float:
     return {"all-reduce": 2 * size, "reduce-scatter": size * group}.get(kind, size) * share
 
 
-def collective_traffic(text: str, *, trips: tuple[float, ...]) -> list[Traffic]:
+def collective_traffic(text: str, *, trips: tuple[float, ...], num_slices: int = 1) -> list[Traffic]:
     """What the collectives of a program move, most first.
 
     Args:
       text: of a compiled executable.
       trips: how often loops whose count is known at run time alone run, by their depth among such loops.
+      num_slices: over which the program runs.
     """
     computations, entry = _computations(text)
     totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
@@ -114,6 +119,13 @@ def collective_traffic(text: str, *, trips: tuple[float, ...]) -> list[Traffic]:
                 count = _trips(computations.get(loop.group(1), []), body, computations.get(body, []))
                 own = trips[min(depth, len(trips) - 1)] if count is None else count
                 visit(body, times * own, depth + (count is None), set())
+                continue
+            crossing = _CROSSING.search(line)
+            if crossing:  # XLA sums inside each slice, and hands each device's share to the hosts' network
+                size = _size(BETWEEN, crossing.group(1), False)
+                rounds = {"ALL_REDUCE": 2 * (num_slices - 1) / num_slices, "ALL_GATHER": num_slices - 1}
+                totals[BETWEEN][0] += times
+                totals[BETWEEN][1] += times * size * rounds.get(crossing.group(2), 1)
                 continue
             operation = _OPERATION.search(line)
             if operation:

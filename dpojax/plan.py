@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from dpojax import sharding
-from dpojax.collectives import Traffic, collective_traffic
+from dpojax.collectives import BETWEEN, Traffic, collective_traffic
 from dpojax.config import Config, apply_override, from_config_dict, load_config_file, resolved_mode
 from dpojax.data.lengths import QUANTILES, draw_lengths
 from dpojax.data.packing import PackShape, abstract_batch
@@ -67,7 +67,7 @@ CHIPS = {
     "v6e": Chip(31.24 * GIB, 918e12, 1638e9, 4 * 100e9),
     "tpu7x": Chip(94.74 * GIB, 1153.5e12, 3690e9, 600e9),  # a device is half a chip
 }
-DCN = 25e9  # bytes/s between slices for each host of four chips, about; gradients alone travel there
+DCN = 25e9 / 4  # bytes/s between slices for each chip: about 200 Gbit/s of a host of four; gradients alone travel there
 
 
 class Topology(NamedTuple):
@@ -250,12 +250,16 @@ def step_work(program: Prepared) -> StepWork:
     )
 
 
+RESOURCES = ("compute", "HBM", "interconnect", BETWEEN)
+
+
 class Roofline(NamedTuple):
     """Seconds of a step if one thing alone took time. They overlap: the largest is the least that a step can take."""
 
     compute: float
     hbm: float
     ici: float
+    dcn: float = 0.0  # from slice to slice
 
     @property
     def seconds(self) -> float:
@@ -263,7 +267,7 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        return ("compute", "HBM", "interconnect")[int(np.argmax(self))]
+        return RESOURCES[int(np.argmax(self))]
 
 
 def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip: Chip) -> Roofline:
@@ -272,7 +276,7 @@ def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip
     Compute: every token of every computed row through the layers (with what remat computes again), attention as its kernel
     computes it, and the vocabulary five times (forward, again in the backward pass, twice for gradients, and the reference).
     HBM: weights once a pass, inputs and outputs of every matrix product, logits in float32, gradients and the optimizer.
-    Interconnect: the collectives of the compiled program over all links of a chip.
+    Interconnect: the collectives of the compiled program over all links of a chip. Between slices: what of them leaves one.
     """
     c, m, shape = program.config, program.model, program.shape
     own, ref = layer_work(m), resolved_mode(c) in ("live", "adapter")
@@ -298,7 +302,8 @@ def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip
     logits = 4.0 * work.scored * m.vocab_size * 2 * head_passes / split
     trained = program.memory["parameters"]
     hbm = work.micro * (weights * 2 + activations + logits + 3 * trained) + 2 * (trained + program.memory["optimizer"])
-    return Roofline(compute, hbm / chip.bandwidth, sum(t.sent for t in traffic) / chip.links)
+    between = sum(t.sent for t in traffic if t.kind == BETWEEN)
+    return Roofline(compute, hbm / chip.bandwidth, (sum(t.sent for t in traffic) - between) / chip.links, between / DCN)
 
 
 def _map_sizes(model: ModelConfig) -> Iterator[tuple[int, int]]:
@@ -352,7 +357,7 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
     text = compiled.as_text()
     if hlo:
         pathlib.Path(hlo).write_text(text)
-    traffic = collective_traffic(text, trips=(work.micro, chunks))
+    traffic = collective_traffic(text, trips=(work.micro, chunks), num_slices=topology.num_slices)
     times = roofline(program, work, traffic, topology.chip)
     plan = Plan(
         topology=topology.name,
@@ -423,7 +428,9 @@ def show(plan: Plan, config: Config) -> None:
     for t in plan.traffic:
         say(f"  {t.kind:19s} {t.runs:9,.0f} times {t.sent / 1e9:10,.2f} GB")
     say(f"\nstep at the roofline: {duration(r.seconds)}, bound by {r.bound} (nothing was run)")
-    for name, seconds in zip(("compute", "HBM", "interconnect"), r, strict=True):
+    for name, seconds in zip(RESOURCES, r, strict=True):
+        if name == BETWEEN and plan.num_slices == 1:
+            continue
         say(f"  {name:14s} {seconds:8.3f} s    {_bar(seconds / r.seconds)}")
     say(
         f"  {config.batch_size:,} pairs, {w.tokens:,.0f} tokens a step; useful {w.useful / 1e15:.2f} PFLOP = {plan.useful_mfu:.1%} of the peak "
@@ -438,7 +445,7 @@ def show(plan: Plan, config: Config) -> None:
 def table_settings(config: Config, modes: Sequence[str], remats: Sequence[str], batches: Sequence[int]):
     """(names, overrides) of every cell of the grid."""
     kinds = {
-        "live": {"reference.mode": "live", "lora.rank": "0", "lora.base_dtype": ""},
+        "live": {"reference.mode": "live", "reference.dtype": "", "lora.rank": "0", "lora.base_dtype": ""},
         "live int8": {"reference.mode": "live", "reference.dtype": "int8", "lora.rank": "0", "lora.base_dtype": ""},
         "cached": {"reference.mode": "cached", "lora.rank": "0", "lora.base_dtype": ""},
         "adapter": {"reference.mode": "adapter", "reference.dtype": "", "lora.rank": str(config.lora.rank or 16)},
@@ -461,10 +468,9 @@ def make_table(values, topology: Topology, lengths: str, cells) -> list[dict[str
         own = values.copy_and_resolve_references()
         for key, text in overrides.items():
             apply_override(own, key, text)
-        config = from_config_dict(own)
         row: dict[str, Any] = {"reference": mode, "remat": remat, "batch_size": batch}
         try:
-            plan = make_plan(config, topology, lengths)
+            plan = make_plan(from_config_dict(own), topology, lengths)
             row |= {"fits": True, "hbm_gib": plan.hbm_gib, "step_s": plan.roofline.seconds, "bound": plan.roofline.bound}
             row |= {"useful_mfu": plan.useful_mfu, "pairs_per_second": batch / plan.roofline.seconds}
             cell = f"{plan.hbm_gib:.2f} | {row['step_s']:.2f} | {row['bound']} | {row['useful_mfu']:.1%} | {row['pairs_per_second']:,.0f}"
@@ -472,6 +478,9 @@ def make_table(values, topology: Topology, lengths: str, cells) -> list[dict[str
             row |= {"fits": False, "error": str(error)}
             needed = re.search(r"needs ([\d.]+) GiB", str(error))
             cell = f"{needed.group(1) if needed else '?'}, does not fit | | | |"
+        except ConfigError as error:  # settings that this mode does not take; the other cells are worth having
+            row |= {"fits": False, "error": str(error)}
+            cell = f"{error} | | | |"
         progress.clear()
         say(f"| {mode} | {remat} | {batch:,} | {cell} |")
         rows.append(row)

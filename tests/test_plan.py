@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from runs import ROOT
 
 from dpojax import sharding
-from dpojax.collectives import collective_traffic
+from dpojax.collectives import BETWEEN, collective_traffic
+from dpojax.config import apply_override, from_config_dict, load_config_file
 from dpojax.data.lengths import QUANTILES, draw_lengths
 from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.logps import token_logps
@@ -78,6 +79,29 @@ def test_collectives_count_as_often_as_their_loops_run():
     found = {t.kind: t for t in collective_traffic(text, trips=(3.0, 100.0))}
     assert found["all-gather"].runs == 15 and found["all-gather"].sent == 15 * 16 * 4 * 4 * 7 / 8
     assert found["all-reduce"].runs == 3 and found["all-reduce"].sent == 3 * 2 * 2 * 4 * 4 * 7 / 8
+
+
+@needs_tpu_compiler
+def test_a_plan_over_slices_says_what_travels_between_them(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_LLAMA))
+    config = load_config_file("configs/llama3_8b.py")
+    small = {
+        "model.shape": str(tmp_path),
+        "batch_size": "16",
+        "data.max_prompt_tokens": "256",
+        "data.max_response_tokens": "128",
+    }
+    small |= {"data.micro_batch_tokens": "1024", "mesh.data": "2", "mesh.fsdp": "4"}
+    for key, text in small.items():
+        apply_override(config, key, text)
+    from dpojax.plan import make_plan, open_topology
+
+    plan = make_plan(from_config_dict(config), open_topology("v5e:2x2", 2), "ultrafeedback")
+    (crossing,) = (t.sent for t in plan.traffic if t.kind == BETWEEN)
+    trained = plan.categories_gib["parameters"] * 2**30
+    # A micro-batch's gradients cross, a device's share of their sum in bf16 or float32, and next to nothing else.
+    assert 0.5 * trained <= crossing / plan.work.micro < 1.5 * trained, (crossing, trained, plan.work.micro)
+    assert plan.num_slices == 2 and plan.roofline.dcn == pytest.approx(crossing / 6.25e9)
 
 
 @needs_tpu_compiler

@@ -7,8 +7,8 @@ Every trainer is a process of its own; in a round they run one after another, so
 every step are compared: the work is the same. A trainer's first step, which compiles or warms up, is not timed. Needs the
 `parity` extra here, and google-tunix in an environment of its own (without --tunix-python it is left out).
 
-On a GPU: --device=gpu --size=1b --dtype=bfloat16 --pairs=64 --tokenizer=llama3/tokenizer.json. Writes result.json, result.md and
-result.png.
+On a GPU: --device=gpu --size=1b --dtype=bfloat16 --pairs=64 --tokenizer=llama3/tokenizer.json; --size=8b --lora=16 for adapters
+on a frozen base. All trainers are held to the first device that is visible. Writes result.json, result.md and result.png.
 """
 
 import argparse
@@ -37,8 +37,16 @@ from dpojax.data.triples import Dropped, RowReader
 
 HERE = pathlib.Path(__file__).parent
 TEMPLATES = {"tldr": "{prompt}\n\nTL;DR:"}
-# vocabulary, width, mlp, layers, heads, kv heads, tied; 1b: Llama 3.2 1B
-SIZES = {"21m": (32_000, 256, 640, 6, 4, 4, False), "1b": (128_256, 2048, 8192, 16, 32, 8, True)}
+# vocabulary, width, mlp, layers, heads, kv heads, tied; 1b and 8b: the shapes of Llama 3.2 1B and Llama 3.1 8B. Positions turn
+# alike in all of them (theta 1e4): Tunix has no scaling of theirs.
+SIZES = {
+    "21m": (32_000, 256, 640, 6, 4, 4, False),
+    "1b": (128_256, 2048, 8192, 16, 32, 8, True),
+    "8b": (128_256, 4096, 14336, 32, 32, 8, False),
+}
+# TRL is fastest at 1 pair a micro-batch on two cores, and leaves a GPU idle there.
+MICRO = {"cpu": (1, 8), "gpu": (4, 8, 16, 32)}
+ON_GPU = {"data.micro_batch_tokens": 16384, "model.logps_chunk_tokens": 1024}
 LIMITS = Limits(512, 128)
 
 
@@ -69,7 +77,14 @@ def write_model(folder: pathlib.Path, size: str) -> None:
         vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=tied,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16 if size == "8b" else torch.float32).save_pretrained(folder)
+
+
+def environment(own: dict[str, Any]) -> dict[str, str]:
+    """What holds a trainer to the device that is measured: JAX fails where it cannot have it."""
+    if own["device"] == "cpu":
+        return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_NUM_CPU_DEVICES": str(own["devices"])}
+    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +110,12 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
         "optim.warmup_steps": 0,
         "sample.num_prompts": 0,
     }
-    environment = {"JAX_NUM_CPU_DEVICES": str(own["devices"])} if own["device"] == "cpu" else {}
+    if own["lora"]:
+        settings |= {"reference.mode": "adapter", "lora.rank": own["lora"], "lora.base_dtype": own["dtype"]}
+    settings |= own["settings"]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         workdir = pathlib.Path(place)
-        summary = sweep.train(workdir, "configs/tldr.py", settings, environment=environment)
+        summary = sweep.train(workdir, "configs/tldr.py", settings, environment=environment(own))
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rows = [r for r in rows if "loss" in r]
     return {
@@ -107,12 +124,15 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
         "padding": [r["padding/packing"] * r["padding/rounding"] for r in rows],
         "useful_tflops": summary.get("useful_tflops"),
         "useful_mfu": summary.get("useful_mfu"),
-        "summary": {k: v for k, v in summary.items() if k.startswith(("step_time", "peak_memory", "tokens_per"))},
+        "compile_seconds": summary["seconds_compiling"],
+        "peak_gib": summary.get("peak_device_memory_gib") or summary["peak_process_memory_gib"],
+        "summary": {k: v for k, v in summary.items() if k.startswith(("step_time", "peak_", "tokens_per"))},
     }
 
 
 def run_child(script: str, python: str, folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run([python, str(HERE / script), str(folder), json.dumps(own)], capture_output=True, text=True)
+    argv = [python, str(HERE / script), str(folder), json.dumps(own)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment(own))
     if done.returncode:
         raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.split("RESULT")[1])
@@ -120,8 +140,10 @@ def run_child(script: str, python: str, folder: pathlib.Path, own: dict[str, Any
 
 def trainers(args: argparse.Namespace) -> dict[str, Any]:
     """Name -> a function of the folder that trains."""
-    common = dict(steps=args.steps, pairs=args.pairs, dtype=args.dtype, device=args.device, remat=args.remat)
-    common |= dict(vocab_size=SIZES[args.size][0], cached=False, devices=1)
+    common = dict(steps=args.steps, pairs=args.pairs, dtype=args.dtype, device=args.device, remat=args.remat, lora=args.lora)
+    settings = (ON_GPU if args.device == "gpu" else {}) | dict(pair.split("=", 1) for pair in args.set)
+    common |= dict(vocab_size=SIZES[args.size][0], cached=False, devices=1, settings=settings)
+    micro = args.micro or MICRO[args.device]
     cores = len(os.sched_getaffinity(0))
     found: dict[str, Any] = {}
 
@@ -133,19 +155,15 @@ def trainers(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu" and cores > 1:
         add(f"dpojax, {cores} devices of a core each", run_dpojax, devices=cores)
         add(f"dpojax, {cores} devices, cached reference", run_dpojax, devices=cores, cached=True)
-    else:
+    elif not args.lora:
         add("dpojax, cached reference", run_dpojax, cached=True)
-    for micro in args.micro:
-        add(f"TRL, {micro} a micro-batch", run_child, "with_trl.py", sys.executable, micro=micro)
-    add(
-        f"TRL, {args.micro[0]} a micro-batch, precomputed",
-        run_child,
-        "with_trl.py",
-        sys.executable,
-        micro=args.micro[0],
-        cached=True,
-    )
-    if args.tunix_python:
+    trl = (run_child, "with_trl.py", sys.executable)
+    for size in micro:
+        add(f"TRL, {size} a micro-batch", *trl, micro=size)
+    if not args.lora:
+        for size in micro if args.device == "gpu" else micro[:1]:
+            add(f"TRL, {size} a micro-batch, precomputed", *trl, micro=size, cached=True)
+    if args.tunix_python and not args.lora:
         add(f"Tunix, {args.tunix_micro} a micro-batch", run_child, "with_tunix.py", args.tunix_python, micro=args.tunix_micro)
     return found
 
@@ -171,6 +189,25 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
     return found | {"system": platform.platform(), "date": time.strftime("%Y-%m-%d")}
 
 
+def matrix_rate(args: argparse.Namespace) -> float:
+    """TFLOP/s of square matrix products of the run's dtype, in a process of its own: what these cores can do just now."""
+    size = 8192 if args.device == "gpu" else 2048
+    code = f"""
+import time, jax, jax.numpy as jnp
+x = jax.random.normal(jax.random.key(0), ({size}, {size}), "{args.dtype}")
+f = jax.jit(lambda x: x @ x)
+f(x).block_until_ready()
+seconds = []
+for _ in range(10):
+    start = time.perf_counter()
+    f(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+print(2 * {size}**3 / sorted(seconds)[5] / 1e12)"""
+    own = environment({"device": args.device, "devices": 1})
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ | own)
+    return float(done.stdout)
+
+
 def speed(run: dict[str, Any], pairs: int) -> float:
     """Pairs per second of the steps after the first."""
     return pairs * len(run["seconds"][1:]) / sum(run["seconds"][1:])
@@ -179,22 +216,31 @@ def speed(run: dict[str, Any], pairs: int) -> float:
 def report(args: argparse.Namespace, found: dict[str, dict[str, list]], facts: dict[str, str]) -> str:
     lines = []
     for data, runs in found.items():
-        ours = max(
-            (n for n in runs if n.startswith("dpojax") and "cached" not in n),
-            key=lambda n: np.median([speed(r, args.pairs) for r in runs[n]]),
-        )
+        live = [n for n in runs if n.startswith("dpojax") and "cached" not in n] or list(runs)
+        ours = max(live, key=lambda n: np.median([speed(r, args.pairs) for r in runs[n]]))
         lines += [
             f"### {data}",
             "",
-            f"| trainer | pairs/s | `{ours}` is faster by | largest loss difference |",
-            "|---|---|---|---|",
+            f"| trainer | pairs/s | `{ours}` is faster by | largest loss difference | peak GiB |",
+            "|---|---|---|---|---|",
         ]
         for name, own in runs.items():
             values = [speed(r, args.pairs) for r in own]
             ratios = [speed(a, args.pairs) / v for a, v in zip(runs[ours], values, strict=True)]
             gap = max(np.abs(np.subtract(r["loss"], runs[ours][0]["loss"])).max() for r in own)
             between = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
-            lines.append(f"| {name} | {np.median(values):.2f} | {np.median(ratios):.1f} x{between} | {gap:.0e} |")
+            peak = max(r["peak_gib"] for r in own)
+            lines.append(f"| {name} | {np.median(values):.2f} | {np.median(ratios):.1f} x{between} | {gap:.0e} | {peak:.1f} |")
+        lines += [
+            "",
+            "| dpojax | tokens over ideal | step, p50 s | compiling s | useful TFLOP/s | MFU |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in (n for n in runs if n.startswith("dpojax")):
+            r = runs[name][-1]
+            mfu = "" if r["useful_mfu"] is None else f"{r['useful_mfu']:.1%}"
+            own = f"{np.mean(r['padding']):.3f} | {np.median(r['seconds'][1:]):.2f} | {r['compile_seconds']:.0f}"
+            lines.append(f"| {name} | {own} | {r['useful_tflops']:.3f} | {mfu} |")
         lines.append("")
     return "\n".join(lines + [f"{k}: {v}  " for k, v in facts.items()]) + "\n"
 
@@ -224,17 +270,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--size", choices=SIZES, default="21m")
     parser.add_argument("--pairs", type=int, default=32, help="pairs a step")
-    parser.add_argument("--micro", type=int, nargs="+", default=[1, 8], help="pairs of TRL's micro-batches")
+    parser.add_argument(
+        "--micro", type=int, nargs="+", default=[], help="pairs of TRL's micro-batches (1 8, on a GPU 4 8 16 32)"
+    )
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all parameters are trained")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of dpojax, as --config.KEY=VALUE")
     parser.add_argument("--tunix-micro", type=int, default=1)
     parser.add_argument("--remat", action="store_true", help="all trainers compute activations again")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="the trainers whose names start so")
-    parser.add_argument("--tolerance", type=float, default=5e-3, help="between the losses of a step")
+    parser.add_argument("--tolerance", type=float, help="between the losses of a step (0.005; in bfloat16 0.03)")
     args = parser.parse_args()
+    if args.tolerance is None:
+        args.tolerance = 5e-3 if args.dtype == "float32" else 3e-2
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    facts, found = machine(args), {}
+    facts, found, rates = machine(args), {}, []
     with tempfile.TemporaryDirectory() as place:
         model = pathlib.Path(place) / "model"
         write_model(model, args.size)
@@ -247,6 +299,8 @@ def main() -> None:
             own = trainers(args)
             found[data] = {name: [] for name in own}
             for i in range(args.rounds):
+                rates.append(matrix_rate(args))
+                facts["matrix products, this dtype"] = f"{np.median(rates):.2f} TFLOP/s beside the runs"
                 for name, train in own.items():
                     run = train(folder)
                     found[data][name].append(run)
@@ -260,7 +314,8 @@ def main() -> None:
     draw(args, found, out / "result.png")
     print(text)
     for data, runs in found.items():
-        losses = {name: [r["loss"] for r in own] for name, own in runs.items()}
+        compared = slice(1 if args.lora else None)  # adapters begin at random places: after a step they differ
+        losses = {name: [r["loss"][compared] for r in own] for name, own in runs.items()}
         first = next(iter(losses.values()))[0]
         for name, own in losses.items():
             if not np.allclose(own, first, atol=args.tolerance):

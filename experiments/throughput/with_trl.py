@@ -8,6 +8,7 @@ import time
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -17,6 +18,7 @@ rows = [json.loads(line) for line in pathlib.Path(folder, "rows.jsonl").read_tex
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(settings["vocab_size"])}, unk_token="w0"))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0", eos_token="w2", bos_token="w1")
 gpu, half = settings["device"] == "gpu", settings["dtype"] == "bfloat16"
+assert torch.cuda.is_available() == gpu, f"--device={settings['device']}, and CUDA is {torch.cuda.is_available()}"
 seconds, losses = [], []
 
 
@@ -42,8 +44,15 @@ class Rows(DPOTrainer):
             losses.append(logs["loss"])
 
 
+# Of adapters alone, the frozen base may be in the dtype of the computation.
+dtype = torch.bfloat16 if half and settings["lora"] else torch.float32
+adapters = None
+if settings["lora"]:
+    adapters = LoraConfig(r=settings["lora"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def load():
-    return AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=dtype, attn_implementation="sdpa")
 
 
 arguments = DPOConfig(
@@ -68,8 +77,8 @@ arguments = DPOConfig(
 )
 start = time.perf_counter()
 trainer = Rows(
-    model=load(), ref_model=load(), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-    callbacks=[Timer()],
+    model=load(), ref_model=None if adapters else load(), args=arguments, train_dataset=Dataset.from_list(rows),
+    processing_class=tokenizer, peft_config=adapters, callbacks=[Timer()],
 )  # fmt: skip
 made = time.perf_counter() - start  # with the reference's log-probs, where they are computed first
 trainer.train()

@@ -1,4 +1,7 @@
-"""Trains with Tunix on FOLDER's rows and weights as `run.py` asks for, and prints what every step took. Run by `run.py`."""
+"""Trains with Tunix on FOLDER's rows and weights as `run.py` asks for, and prints what every step took. Run by `run.py`.
+
+Tunix has one dtype for weights and computation: in bfloat16 its weights and moments are of it too, where dpojax and TRL keep float32.
+"""
 
 import json
 import pathlib
