@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpojax.errors import CheckpointError, ConfigError, DpojaxError, FitError, Interrupted
 from dpojax.launch import join_processes, launcher
@@ -106,6 +106,25 @@ def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
     return path
 
 
+def join_run(configs: Sequence[Any]) -> None:
+    """Joins the processes of a run, or of the runs of a sweep, before a backend starts.
+
+    Raises: ConfigError if they cannot be joined, or have other code, objectives or settings than the first.
+    """
+    import jax
+
+    # An external backend must be told before it starts; threefry draws must not depend on the mesh.
+    jax.config.update("jax_threefry_partitionable", True)
+    join_processes()
+    from dpojax.config import to_dict
+    from dpojax.job import same_everywhere
+
+    digest = lambda plain: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    same_everywhere("version of dpojax", _code_digest())
+    same_everywhere("objective of its own", digest([c.loss.make().source for c in configs]))
+    same_everywhere("config", digest([to_dict(c) for c in configs]))
+
+
 class StopSignal:
     """SIGTERM and Ctrl-C as a question that the loop asks at each step boundary; outside the loop they stop at once.
 
@@ -170,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
             if not spec:
                 return 0
         # Imported late, so that --help answers at once.
-        from dpojax.config import apply_override, from_config_dict, load_config_file, to_dict
+        from dpojax.config import apply_override, from_config_dict, load_config_file
 
         values = load_config_file(spec)
         if wants_help:
@@ -180,17 +199,11 @@ def main(argv: Sequence[str]) -> int:
             apply_override(values, key, text)
         config = from_config_dict(values, overridden=frozenset(overrides))
         folder = make_workdir(workdir, spec)
+        join_run([config])
         import jax
 
-        # An external backend must be told before it starts; threefry draws must not depend on the mesh.
-        jax.config.update("jax_threefry_partitionable", True)
-        join_processes()
-        from dpojax.job import same_everywhere
         from dpojax.run import run
 
-        same_everywhere("version of dpojax", _code_digest())
-        same_everywhere("objective of its own", config.loss.make().source)
-        same_everywhere("config", hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
         try:
             run(config, folder, StopSignal(jax.process_count()), profile_steps=profile_steps)
         except jax.errors.JaxRuntimeError as error:

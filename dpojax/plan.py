@@ -259,7 +259,7 @@ class Roofline(NamedTuple):
     compute: float
     hbm: float
     ici: float
-    dcn: float = 0.0  # from slice to slice
+    dcn: float  # from slice to slice
 
     @property
     def seconds(self) -> float:
@@ -302,8 +302,8 @@ def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip
     logits = 4.0 * work.scored * m.vocab_size * 2 * head_passes / split
     trained = program.memory["parameters"]
     hbm = work.micro * (weights * 2 + activations + logits + 3 * trained) + 2 * (trained + program.memory["optimizer"])
-    between = sum(t.sent for t in traffic if t.kind == BETWEEN)
-    return Roofline(compute, hbm / chip.bandwidth, (sum(t.sent for t in traffic) - between) / chip.links, between / DCN)
+    inside, between = (sum(t.sent for t in traffic if (t.kind == BETWEEN) == crosses) for crosses in (False, True))
+    return Roofline(compute, hbm / chip.bandwidth, inside / chip.links, between / DCN)
 
 
 def _map_sizes(model: ModelConfig) -> Iterator[tuple[int, int]]:

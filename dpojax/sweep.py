@@ -10,7 +10,6 @@ and their dropout (--config.data.seed fixes the data's). The same command goes o
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -31,12 +30,11 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax import evaluate, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, apply_override, from_config_dict, load_config_file, to_dict
+from dpojax.config import Config, apply_override, from_config_dict, load_config_file
 from dpojax.data.pipeline import eval_batches
 from dpojax.errors import ConfigError, DpojaxError, Interrupted
-from dpojax.job import Job, Stop, same_everywhere
-from dpojax.launch import join_processes
-from dpojax.main import StopSignal, make_workdir
+from dpojax.job import Job, Stop
+from dpojax.main import StopSignal, join_run, make_workdir
 from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_run, write_settings
@@ -379,9 +377,7 @@ def main(argv: Sequence[str]) -> int:
             apply_override(values, key, text)
         runs = combinations(values, grid)
         folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
-        jax.config.update("jax_threefry_partitionable", True)
-        join_processes()
-        same_everywhere("runs", hashlib.sha256(repr([(n, to_dict(c)) for n, c in runs.items()]).encode()).hexdigest())
+        join_run(list(runs.values()))
         found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)
         keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")
         say("\n| run | " + " | ".join(keys) + " |\n|---|" + "---|" * len(keys))

@@ -89,7 +89,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(files, workdir, env=None, **changes):
+def start(files, workdir, env=None, *, command=command, **changes):
     """The command in the background, its output in one pipe."""
     argv = command(files, workdir, **changes)
     return subprocess.Popen(

@@ -226,13 +226,19 @@ def test_cudnn_is_for_nvidia_gpus_that_it_runs_on():
     assert kernels.device_platform(jax.devices()[0]) == "cpu"
 
 
-def test_cudnn_is_lowered_for_gpus(monkeypatch):
-    """The call passes the checks of shapes and dtypes that jax makes before a GPU is needed."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What jax asks of the device before it takes cuDNN is answered."""
     private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     for name, answer in (("check_cudnn_version", 91500), ("check_compute_capability", True)):
         if not hasattr(private, name):
             pytest.skip("this jax asks for the GPU elsewhere")
         monkeypatch.setattr(private, name, lambda *args, answer=answer: answer)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_cudnn_is_lowered_for_gpus():
+    """The call passes the checks of shapes and dtypes that jax makes before a GPU is needed."""
     made = tiny.groups(np.random.default_rng(9), 5)
     batch, shape = tiny.pack(made, row_tokens=160, row_groups=4)
     rows = rows_of(batch)
@@ -243,12 +249,10 @@ def test_cudnn_is_lowered_for_gpus(monkeypatch):
     assert "cudnn" in text and "PADDING_CAUSAL" in text
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("remat, passes", [("full", 2), ("attention", 1), ("dots", 1), ("dots_offload", 1)])
-def test_remat_policies_keep_cudnns_attention(monkeypatch, remat, passes):
+def test_remat_policies_keep_cudnns_attention(remat, passes):
     """How often attention's forward pass is in the program of a gradient."""
-    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    for check, answer in (("check_cudnn_version", 91500), ("check_compute_capability", True)):
-        monkeypatch.setattr(private, check, lambda *_, answer=answer: answer)
     gradient, *args = tiny.gradient_on(kernels.make_kernel, "cudnn", platform="gpu", remat=remat)
     text = str(jax.make_jaxpr(gradient)(*args))
     assert text.count("= dot_product_attention_fwd_wrapper") == passes

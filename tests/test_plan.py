@@ -24,6 +24,7 @@ from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.logps import token_logps
 from dpojax.models import kernels
 from dpojax.models.attention import NO_WINDOW, Rows
+from dpojax.models.decoder import logits_product
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here: pip install '.[tpu]'"
@@ -144,7 +145,7 @@ def test_the_loss_layer_needs_a_quarter_of_a_gibibyte():
     """8,192 tokens x 128,256 pieces x 4,096 wide, backward included, the head's gradient accumulated in float32."""
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=topology("v5p:2x2x1")[:1])
     tokens, vocab, width = 8192, 128_256, 4096
-    unembed = lambda head, hidden: jnp.einsum("...D,DV->...V", hidden, head["w"], preferred_element_type=jnp.float32)
+    unembed = lambda head, hidden: logits_product("...D,DV->...V", hidden, head["w"].astype(hidden.dtype))
 
     def f(w, hidden, predictor, target, count):
         return jnp.sum(token_logps(unembed, {"w": w}, hidden, predictor, target, count, 128))

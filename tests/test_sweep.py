@@ -7,11 +7,16 @@ import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, by_jax, command, environment, free_port, numbers, run, wait_for
+from runs import ROOT, command, environment, numbers, run, start, start_two, wait_for
 
 from dpojax import sweep
 from dpojax.config import apply_override, load_config_file
 from dpojax.errors import ConfigError
+
+
+def sweeping(*grid):
+    """`sweep_command` of this grid, as `runs.start` takes commands."""
+    return lambda files, workdir, **changes: sweep_command(files, workdir, *grid, **changes)
 
 
 def sweep_command(files, workdir, *grid, **changes):
@@ -59,8 +64,7 @@ def test_each_run_of_a_sweep_equals_its_solo_run(files, plain, tmp_path):
 @pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_a_learning_rate_is_that_of_the_solo_run(files, tmp_path):
     grid = "--sweep.optim.learning_rate=1e-3,3e-4"
-    argv = sweep_command(files, tmp_path / "a", grid)
-    process = subprocess.Popen(argv, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(files, tmp_path / "a", command=sweeping(grid))
     wait_for(process, "DPO 3/")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
@@ -86,14 +90,7 @@ def test_seeds_of_adapters_are_those_of_their_solo_runs(files, plain, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_in_two_processes_is_that_of_one(files, tmp_path):
     grid = "--sweep.loss.beta=0.1,0.4"
-    port = free_port()
-    argv = sweep_command(files, tmp_path / "two", grid, **{"mesh.data": 1, "mesh.fsdp": 2})
-    two = [
-        subprocess.Popen(
-            argv, env=environment(**by_jax(2, i, port)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for i in range(2)
-    ]
+    two = start_two(files, tmp_path / "two", command=sweeping(grid))
     outputs = [p.communicate(timeout=300)[0] for p in two]
     assert [p.returncode for p in two] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     run_sweep(files, tmp_path / "one", grid)

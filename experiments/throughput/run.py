@@ -126,7 +126,7 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
         "useful_mfu": summary.get("useful_mfu"),
         "compile_seconds": summary["seconds_compiling"],
         "peak_gib": summary.get("peak_device_memory_gib") or summary["peak_process_memory_gib"],
-        "summary": {k: v for k, v in summary.items() if k.startswith(("step_time", "peak_", "tokens_per"))},
+        "summary": {k: v for k, v in summary.items() if k.startswith(("step_time", "tokens_per"))},
     }
 
 
@@ -152,18 +152,18 @@ def trainers(args: argparse.Namespace) -> dict[str, Any]:
             found[name] = lambda folder: function(*leading, folder, common | own)
 
     add("dpojax", run_dpojax)
-    if args.device == "cpu" and cores > 1:
-        add(f"dpojax, {cores} devices of a core each", run_dpojax, devices=cores)
-        add(f"dpojax, {cores} devices, cached reference", run_dpojax, devices=cores, cached=True)
-    elif not args.lora:
-        add("dpojax, cached reference", run_dpojax, cached=True)
+    devices, name = (cores, f"dpojax, {cores} devices") if args.device == "cpu" and cores > 1 else (1, "dpojax")
+    if devices > 1:
+        add(f"{name} of a core each", run_dpojax, devices=devices)
     trl = (run_child, "with_trl.py", sys.executable)
     for size in micro:
         add(f"TRL, {size} a micro-batch", *trl, micro=size)
-    if not args.lora:
-        for size in micro if args.device == "gpu" else micro[:1]:
-            add(f"TRL, {size} a micro-batch, precomputed", *trl, micro=size, cached=True)
-    if args.tunix_python and not args.lora:
+    if args.lora:  # the base is the reference
+        return found
+    add(f"{name}, cached reference", run_dpojax, devices=devices, cached=True)
+    for size in micro if args.device == "gpu" else micro[:1]:
+        add(f"TRL, {size} a micro-batch, precomputed", *trl, micro=size, cached=True)
+    if args.tunix_python:
         add(f"Tunix, {args.tunix_micro} a micro-batch", run_child, "with_tunix.py", args.tunix_python, micro=args.tunix_micro)
     return found
 
