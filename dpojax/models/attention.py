@@ -35,6 +35,14 @@ class Kernel(NamedTuple):
     attend: Callable[..., Array]  # (q, k, v, what `prepare` made, window, softcap=) -> out; q is scaled already
 
 
+def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
+    """The precision with which products of this dtype are what the dtype says; None: the default is.
+
+    By default, JAX rounds the operands of float32 products: to tf32 on NVIDIA GPUs, to bfloat16 on TPUs.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def _cap(scores, softcap: float | None):
     """Soft-capped scores, cap tanh(s / cap) (Gemma 2, arXiv:2408.00118, section 2)."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
@@ -86,7 +94,8 @@ class _Seen(NamedTuple):
 def _dot(x, y, x_dim: int, y_dim: int):
     """Batched over (R, K); contracts dimension x_dim of x with y_dim of y; float32 out."""
     dims = (((x_dim,), (y_dim,)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+    precision = matmul_precision(x.dtype)
+    return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
 
 
 def spans(most: int) -> list[int]:

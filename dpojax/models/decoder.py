@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from dpojax.models import experts
-from dpojax.models.attention import NO_WINDOW, SAVED, Kernel, Rows, attend
+from dpojax.models.attention import NO_WINDOW, SAVED, Kernel, Rows, attend, matmul_precision
 from dpojax.models.config import ModelConfig
 from dpojax.models.experts import Routing, route, routing_sums
 from dpojax.models.lora import LORA_A, LORA_B, Adapter
@@ -298,7 +298,7 @@ def _logits_product_bwd(equation, kept, cotangent):
     inputs, out = equation.split("->")
     of_hidden, of_matrix = inputs.split(",")
     cotangent = cotangent.astype(matrix.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=matmul_precision(matrix.dtype), preferred_element_type=jnp.float32)
     d_hidden = product(f"{out},{of_matrix}->{of_hidden}", cotangent, matrix)
     flat = {of_hidden[-1]: hidden.reshape(-1, hidden.shape[-1]), out[-1]: cotangent.reshape(-1, cotangent.shape[-1])}
     first, second = of_matrix  # in the order of the result, which then needs no transpose
@@ -307,6 +307,19 @@ def _logits_product_bwd(equation, kept, cotangent):
 
 
 logits_product.defvjp(_logits_product_fwd, _logits_product_bwd)
+
+
+def with_precision(precision: jax.lax.Precision | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with matrix products of this precision where they name none; None: the device's default."""
+    if precision is None:
+        return function
+
+    @functools.wraps(function)
+    def precise(*args, **options):
+        with jax.default_matmul_precision(precision.name.lower()):
+            return function(*args, **options)
+
+    return precise
 
 
 def head_params(config: ModelConfig) -> tuple[str, ...]:
@@ -410,14 +423,15 @@ def make_decoder(
         cap = config.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    exact = functools.partial(with_precision, matmul_precision(dtype))
     return Model(
         init=init,
-        hidden_states=lambda *rows, **key: routed(*rows, **key)[0],
-        routed=routed if config.num_experts else None,
+        hidden_states=exact(lambda *rows, **key: routed(*rows, **key)[0]),
+        routed=exact(routed) if config.num_experts else None,
         head=head,
-        unembed=unembed,
-        prefill=prefill,
-        decode=decode,
+        unembed=exact(unembed),
+        prefill=exact(prefill),
+        decode=exact(decode),
         axes=logical_axes(config),
         vocab_size=config.vocab_size,
         frozen_head=adapter is not None,

@@ -77,7 +77,16 @@ def write_model(folder: pathlib.Path, size: str) -> None:
         vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=tied,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16 if size == "8b" else torch.float32).save_pretrained(folder)
+    # Drawn on the GPU where there is one, in the stored dtype: 8B would take minutes on a host.
+    dtype = torch.bfloat16 if size == "8b" else torch.float32
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def environment(own: dict[str, Any]) -> dict[str, str]:
@@ -130,9 +139,12 @@ def run_dpojax(folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_child(script: str, python: str, folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any]:
+def run_child(script: str, python: str, folder: pathlib.Path, own: dict[str, Any]) -> dict[str, Any] | None:
+    """A trainer's run in a process of its own; None where its micro-batch does not fit the GPU."""
     argv = [python, str(HERE / script), str(folder), json.dumps(own)]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment(own))
+    if done.returncode and "CUDA out of memory" in done.stderr:
+        return None
     if done.returncode:
         raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.split("RESULT")[1])
@@ -282,6 +294,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="the trainers whose names start so")
     parser.add_argument("--tolerance", type=float, help="between the losses of a step (0.005; in bfloat16 0.03)")
     args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of this process alone, which must leave the GPU's memory to the trainers
     if args.tolerance is None:
         args.tolerance = 5e-3 if args.dtype == "float32" else 3e-2
     out = pathlib.Path(args.out)
@@ -303,12 +316,17 @@ def main() -> None:
                 facts["matrix products, this dtype"] = f"{np.median(rates):.2f} TFLOP/s beside the runs"
                 for name, train in own.items():
                     run = train(folder)
+                    if run is None:
+                        print(f"{data} round {i + 1}: {name}: does not fit", flush=True)
+                        facts["does not fit"] = ", ".join({*facts.get("does not fit", "").split(", "), name} - {""})
+                        continue
                     found[data][name].append(run)
                     took = ", ".join(f"{s:.1f}" for s in run["seconds"])
                     print(f"{data} round {i + 1}: {name}: {speed(run, args.pairs):.2f} pairs/s, steps {took} s", flush=True)
                     (out / "result.json").write_text(
                         json.dumps({"machine": facts, "settings": vars(args), "runs": found}, indent=1)
                     )
+            found[data] = {name: runs for name, runs in found[data].items() if runs}
     text = report(args, found, facts)
     (out / "result.md").write_text(text)
     draw(args, found, out / "result.png")
