@@ -12,6 +12,7 @@ on a frozen base. All trainers are held to the first device that is visible. Wri
 """
 
 import argparse
+import fnmatch
 import importlib.metadata
 import json
 import os
@@ -160,7 +161,7 @@ def trainers(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def add(name, function, *leading, **own):
-        if not args.only or any(name.startswith(wanted) for wanted in args.only):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only):
             found[name] = lambda folder: function(*leading, folder, common | own)
 
     add("dpojax", run_dpojax)
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--remat", action="store_true", help="all trainers compute activations again")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=[], help="the trainers whose names start so")
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of trainers' names, e.g. 'TRL, 8*'")
     parser.add_argument("--tolerance", type=float, help="between the losses of a step (0.005; in bfloat16 0.03)")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # of this process alone, which must leave the GPU's memory to the trainers
