@@ -289,6 +289,16 @@ def test_the_order_is_a_pure_function_of_seed_and_step(tokenizer):
     np.testing.assert_array_equal(whole[4:], late)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 39, 100])
+def test_a_step_takes_any_number_of_groups(tokenizer, groups):
+    pack = make_pack(tokenizer, count=3)
+    for shuffle in (False, True):
+        steps = step_positions(pack.index, num_groups=groups, seed=3, shuffle=shuffle)[0:6]
+        taken = [g for i in range(6) for g in steps[i]]
+        assert len(taken) == 6 * groups
+        assert sorted(taken[:3]) == [0, 1, 2]  # every group once before any comes again
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_batches_of_threads(tokenizer):
     pack = make_pack(tokenizer)

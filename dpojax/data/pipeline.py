@@ -294,12 +294,17 @@ def make_shape(
     )
 
 
+MOST_GROUPS = 2**52  # that a run takes; float64, in which grain divides lengths, holds it exactly
+
+
 def step_positions(index: Index, *, num_groups: int, seed: int, shuffle: bool) -> grain.MapDataset:
     """Step -> the positions of its groups: a fresh shuffle every epoch, a pure function of (seed, step)."""
     source = grain.MapDataset.range(len(index.rows)).seed(seed)
     if shuffle:
         source = source.shuffle()
-    return source.repeat().batch(num_groups, batch_fn=list)
+    # Grain's endless repetition has sys.maxsize elements, which its batches of one round up past what a length can be.
+    epochs = max(1, MOST_GROUPS // len(index.rows))
+    return source.repeat(epochs).batch(num_groups, batch_fn=list)
 
 
 def train_batches(
