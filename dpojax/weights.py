@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.checkpoint import Checkpoints, newest_step
-from dpojax.data.records import read_object
 from dpojax.data.tokens import COMPANIONS
 from dpojax.errors import ConfigError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
 from dpojax.models.families import model_config, read_fields
 from dpojax.models.quantise import store_as
 from dpojax.models.table import param_shapes
+from dpojax.plain_data import read_json
 
 Progress = Callable[[int], None]
 
@@ -43,7 +43,7 @@ def read_shape(path: str, *, ignore: Collection[str] = ()) -> ModelConfig:
     file = place / "config.json" if "\0" not in path and place.is_dir() else place
     if "\0" in path or not file.is_file():
         raise ConfigError(f"model.shape={path!r}: there is no config.json")
-    return model_config(read_object(file), file, ignore)
+    return model_config(read_json(file), file, ignore)
 
 
 def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:

@@ -18,7 +18,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from dpojax.data.records import read_object
+from dpojax.plain_data import read_json
 
 MAX_SECONDS = 2.0  # of one rendering; a real one takes a millisecond
 MAX_CHARACTERS = 10_000_000
@@ -232,7 +232,7 @@ def find_template(folder: pathlib.Path) -> str | None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         if not (folder / name).is_file():
             continue
-        found = read_object(folder / name).get("chat_template")
+        found = read_json(folder / name).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = next((t.get("template") for t in found if t.get("name") == "default"), None)
         if isinstance(found, str):

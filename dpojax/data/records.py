@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpojax.errors import ConfigError, DataError
+from dpojax.plain_data import MAX_LINE_BYTES, existing_path, memory_bytes, parse_json, read_bytes
 
 Row = dict[str, Any]
-MAX_LINE_BYTES = 8 * 2**20  # a longer line is damage, not a preference
+MAX_JSON_BYTES = 2**30  # a larger .json file is better read line by line
+# Text packs 3 to 20 times. What unpacks to more than this is a bomb, once it is larger than UNPACKED_BYTES.
+MAX_PACKING, UNPACKED_BYTES = 200, 64 * 2**20
+MARK = b"\xef\xbb\xbf"  # a byte-order mark
 
 
 class Records(NamedTuple):
@@ -30,32 +34,36 @@ class Records(NamedTuple):
     fingerprint: str  # of the content
 
 
-def _strict_object(pairs):
-    """A JSON object without duplicate keys: the last one would win silently."""
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [k for k, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-    return row
-
-
 def parse_line(line: bytes, where: str) -> Row:
     """One JSON object from one line of bytes.
 
     Raises: DataError naming `where` and the fault.
     """
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: a line of {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read")
+    if line.startswith(MARK) and not where.endswith(":1"):
+        raise DataError(f"{where}: a byte-order mark in mid-file; repair the line, or set data.on_bad_line=skip")
     try:
-        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
-        if "\0" in text:
-            raise ValueError("a NUL byte")
-        row = json.loads(text, object_pairs_hook=_strict_object)
-        if not isinstance(row, dict):
-            raise ValueError(f"a JSON {type(row).__name__}, not an object")
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise DataError(f"{where}: {error}; repair the line, or set data.on_bad_line=skip") from error
-    return row
+        return parse_json(line, max_bytes=MAX_LINE_BYTES)
+    except ValueError as error:
+        advice = "; a list of objects is a .json file" if line.lstrip(MARK).startswith(b"[") else ""
+        raise DataError(f"{where}: {error}{advice}; repair the line, or set data.on_bad_line=skip") from error
+
+
+def _unpack(path: pathlib.Path) -> np.ndarray:
+    """The bytes that a .gz file holds. Raises DataError for one that unpacks to more than its size can mean."""
+    most = memory_bytes() // 3
+    data = bytearray()
+    with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+        while part := file.read(2**20):
+            data += part
+            packing = len(data) / max(1, packed.tell())
+            if len(data) > UNPACKED_BYTES and packing > MAX_PACKING:
+                raise DataError(
+                    f"{path}: its first {packed.tell():,} bytes unpack to {len(data):,}, over {MAX_PACKING} times as many: "
+                    "text does not pack so well; if it is data, unpack it by hand"
+                )
+            if len(data) > most:
+                raise DataError(f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; unpack it by hand")
+    return np.frombuffer(data, np.uint8)
 
 
 class _Lines:
@@ -67,19 +75,27 @@ class _Lines:
 
     def _load(self):
         try:
-            if self.path.suffix == ".gz":
-                with gzip.open(self.path, "rb") as file:
-                    self.data = np.frombuffer(file.read(), np.uint8)
+            if self.path.suffix.lower() == ".gz":
+                self.data = _unpack(self.path)
             else:
                 empty = self.path.stat().st_size == 0
                 self.data = np.zeros(0, np.uint8) if empty else np.memmap(self.path, np.uint8, mode="r")
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{self.path}: cannot be read: {error}") from error
+        except (OSError, EOFError, zlib.error, MemoryError) as error:
+            raise DataError(f"{self.path}: cannot be read: {error or 'it does not fit the memory'}") from error
         ends = np.flatnonzero(self.data == ord("\n"))
         self.ends = ends if self.data.size == 0 or self.data[-1] == ord("\n") else np.append(ends, self.data.size)
         self.starts = np.concatenate([[0], self.ends[:-1] + 1]) if self.ends.size else self.ends
-        blank = [i for i in np.flatnonzero(self.ends - self.starts < 16) if not self.line(i).strip()]
+        # A line that is not blank starts with a brace: the others, few, are looked at.
+        starts = np.minimum(self.starts, max(0, self.data.size - 1))
+        unusual = np.flatnonzero(self.data[starts] != ord("{")) if self.starts.size else self.starts
+        blank = [i for i in unusual if self._is_blank(i)]
         self.numbers = np.delete(np.arange(self.ends.size), blank)
+
+    def _is_blank(self, i: int) -> bool:
+        """Whether a line holds white space alone, Unicode's included."""
+        if self.ends[i] - self.starts[i] > MAX_LINE_BYTES:
+            return False  # it is refused when it is read
+        return not self.line(i).removeprefix(MARK).decode("utf-8", errors="replace").strip()
 
     def line(self, i) -> bytes:
         return self.data[self.starts[i] : self.ends[i]].tobytes()
@@ -122,8 +138,10 @@ class _Columns:
         import pyarrow.parquet  # only runs that read Parquet pay for it
 
         try:
-            self.table = pyarrow.parquet.read_table(self.path, memory_map=True)
-        except (OSError, pyarrow.ArrowException) as error:
+            self.table = _read_table(self.path)
+        except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{self.path}: not a Parquet file: {error}") from error
 
     def __getstate__(self):
@@ -134,10 +152,31 @@ class _Columns:
         self._load()
 
     def get(self, i: int) -> Row:
-        return self.table.slice(i, 1).to_pylist()[0]
+        try:
+            return self.table.slice(i, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date of another age
+            raise DataError(f"{self.where(i)}: {error}; repair the row, or set data.on_bad_line=skip") from error
 
     def where(self, i: int) -> str:
         return f"{self.path.name}:{i + 1}"
+
+
+def _read_table(path: pathlib.Path):
+    """A Parquet file as a table, a batch of rows at a time. Raises DataError where it unpacks to more than memory holds."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+    names = file.schema_arrow.names
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: it has two columns {twice!r}")
+    batches, size, most = [], 0, memory_bytes() // 3
+    for batch in file.iter_batches(batch_size=1024):
+        batches.append(batch)
+        size += batch.nbytes
+        if size > most:
+            raise DataError(f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; split it")
+    return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
 class _ArrayRecords:
@@ -154,10 +193,30 @@ class _ArrayRecords:
             raise DataError(f"{path}: not an ArrayRecord file: {error}") from error
 
     def get(self, i: int) -> Row:
-        return parse_line(self.source[i], self.where(i))
+        try:
+            record = self.source[i]
+        except Exception as error:  # from C++ too: a checksum that does not fit
+            raise DataError(f"{self.where(i)}: the record is damaged: {error!s:.200}") from error
+        return parse_line(record, self.where(i))
 
     def where(self, i: int) -> str:
         return f"{self.path.name}:{i + 1}"
+
+
+def _read_list(path: pathlib.Path) -> list[Row]:
+    """The rows of a .json file, a list of objects. Raises DataError for anything else, with what to do."""
+    data = read_bytes(path, error=DataError, max_bytes=MAX_JSON_BYTES)
+    must = "a .json data file holds a list of objects; .jsonl holds one a line"
+    try:
+        rows = parse_json(data, shape=list, max_bytes=MAX_JSON_BYTES)
+    except ValueError as error:
+        lines = data.removeprefix(MARK).lstrip()
+        advice = f"{must}: name it .jsonl" if lines.startswith(b"{") else must
+        raise DataError(f"{path.name}: it cannot be read: {error}; {advice}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path.name}:{number}: the row is {row!r:.60}; {must}")
+    return rows
 
 
 def _hub(name: str) -> Records:
@@ -170,17 +229,6 @@ def _hub(name: str) -> Records:
     table = datasets.load_dataset(path, split=split or "train")
     source = InMemory(f"hf:{name}", table)
     return Records(f"hf:{name}", len(table), source.get, source.where, str(table._fingerprint))
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A small file of one JSON object. Raises ConfigError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
 
 
 def fingerprint_file(path: pathlib.Path) -> str:
@@ -203,9 +251,11 @@ def open_records(path: str) -> Records:
     """
     if path.startswith("hf:"):
         return _hub(path[3:])
-    file = pathlib.Path(path)
-    if "\0" in path or not file.is_file():
-        raise ConfigError(f"data file {path!r}: there is no such file")
+    file = existing_path(path)
+    if file is None:
+        raise ConfigError(f"data file {path!r:.300}: there is no such file")
+    if not file.is_file():
+        raise ConfigError(f"data file {path!r:.300}: it is a folder, a pipe or a device, and not a file")
     name = file.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
         source, size = (lines := _Lines(file)), len(lines.numbers)
@@ -214,12 +264,7 @@ def open_records(path: str) -> Records:
     elif name.endswith((".arrayrecord", ".array_record")):
         source, size = (records := _ArrayRecords(file)), records.size
     elif name.endswith(".json"):
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise DataError(f"{file.name}: {error}") from error
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-            raise DataError(f"{file.name}: a .json data file holds a list of objects; .jsonl holds one a line")
+        rows = _read_list(file)
         source, size = InMemory(file.name, rows), len(rows)
     else:
         endings = ".jsonl, .jsonl.gz, .json, .parquet or .arrayrecord"

@@ -22,9 +22,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dpojax.data.chat import ChatTemplate, TemplateError, find_template
 from dpojax.data.packing import TokenGroup
-from dpojax.data.records import read_object
 from dpojax.data.triples import Dropped, Group, keep_sound
 from dpojax.errors import ConfigError, DataError
+from dpojax.plain_data import read_json
 
 
 class Tokenizer(Protocol):
@@ -241,7 +241,7 @@ def _added_tokens(folder: pathlib.Path) -> list[str]:
     found: list[str] = []
     for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
         if (folder / name).is_file():
-            values = read_object(folder / name)
+            values = read_json(folder / name)
             try:
                 values = values if key is None else (values.get(key) or {}).values()
                 found += [v["content"] if isinstance(v, dict) else v for v in values]
@@ -282,7 +282,7 @@ def _special_names(folder: pathlib.Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            values = read_object(folder / file)
+            values = read_json(folder / file)
             for key in ("bos_token", "eos_token", "pad_token"):
                 value = values.get(key)
                 value = value.get("content") if isinstance(value, dict) else value
@@ -377,7 +377,7 @@ def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, 
     found = [tokenizer.eos_id]
     path = None if tokenizer.folder is None else tokenizer.folder / "generation_config.json"
     if path is not None and path.is_file():
-        own = read_object(path).get("eos_token_id")
+        own = read_json(path).get("eos_token_id")
         found += own if isinstance(own, list) else [own] if isinstance(own, int) else []
     if template is not None:
         try:

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from dpojax.data.records import read_object
 from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig, RopeScaling
+from dpojax.plain_data import read_json
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu_fast": "gelu_tanh", "relu": "relu"}  # fmt: skip
@@ -598,7 +598,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.init={str(folder)!r}: there is no config.json in it")
-    return read_object(path)
+    return read_json(path)
 
 
 def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:

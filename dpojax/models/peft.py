@@ -13,13 +13,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data.records import read_object
 from dpojax.errors import ConfigError
 from dpojax.models import hf
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES
 from dpojax.models.lora import LORA_A, LORA_B
 from dpojax.models.table import layer_rows
+from dpojax.plain_data import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,7 +35,7 @@ INERT = {
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json. Raises ConfigError for what is no plain LoRA."""
     path = folder / CONFIG
-    settings = read_object(path)
+    settings = read_json(path)
     init = settings.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ConfigError(
