@@ -12,7 +12,7 @@ from dpojax.config import Config
 from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.datasets import Data
-from dpojax.errors import ConfigError
+from dpojax.errors import ConfigError, NumericsError
 from dpojax.job import Job
 from dpojax.objectives import Loss
 from dpojax.policy import Policy, check_positions
@@ -32,7 +32,26 @@ def evaluate_pairs(job: Job, program: Program, params, ref, shift, pack: PackGro
         used = found.row_id >= 0
         parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[used], found))
     progress.clear()
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    results = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    check_finite(results, pack)
+    return results
+
+
+def check_finite(results: PairResults, pack: PackGroups) -> None:
+    """Raises NumericsError naming the first held-out row with a log-prob that is not finite."""
+    logps = {
+        "policy's": (results.policy_chosen, results.policy_rejected),
+        "reference's": (results.ref_chosen, results.ref_rejected),
+    }
+    for model, both in logps.items():
+        for values in both:
+            bad = [] if values is None else np.flatnonzero(~np.isfinite(values))
+            if len(bad):
+                row = pack.data.records.where(int(results.row_id[bad[0]]))
+                raise NumericsError(
+                    f"{row}: the {model} log-prob of a response is {values[bad[0]]}, and of {len(bad)} of {len(values)} held-out "
+                    "responses it is no finite number; compute in float32 (model.dtype), or lower the learning rate"
+                )
 
 
 def eval_scalars(r: PairResults, loss: Loss) -> dict[str, float]:

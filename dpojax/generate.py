@@ -216,6 +216,12 @@ def generate(args: argparse.Namespace) -> None:
         put=sampling.rows_put(loaded.mesh), fetch=sampling.fetch_whole, stopped=stopper(tokenizer, args.stop),
     )  # fmt: skip
     responses = draw(ids, seed=args.seed, progress=progress)
+    for i, response in enumerate(responses):
+        if not np.isfinite(response.logps).all():
+            raise NumericsError(
+                f"prompt {i // args.num_samples}: the log-prob of a sampled token is not finite; compute with --dtype=float32, or "
+                "look at the weights"
+            )
     first = responses[: size * args.num_samples]
     worst = check_logps(loaded, ids, first, width=width, each=args.num_samples, settings=settings, batch_size=size)
     for i, prompt in enumerate(prompts):

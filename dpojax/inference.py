@@ -1,7 +1,6 @@
 """A model from disk, ready to sample and to score: what the command lines of generate and score share."""
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from dpojax.data.chat import ChatTemplate
 from dpojax.data.tokens import Tokenizer, chat_template, load_tokenizer
 from dpojax.datasets import tokenizer_of
 from dpojax.errors import ConfigError, DpojaxError
-from dpojax.metrics import Progress, say
+from dpojax.metrics import Progress, finite_json, say
 from dpojax.models import Model, ModelConfig, hf
 from dpojax.models.table import num_params, param_shapes
 from dpojax.policy import place_decoder
@@ -79,7 +78,7 @@ class Output:
                 raise ConfigError(f"--out={name!r}: cannot be written: {error.strerror or error}") from error
 
     def write(self, row: dict[str, Any]) -> None:
-        text = json.dumps(row, ensure_ascii=False)
+        text = finite_json(row)
         print(text, file=None if self.path is None else self.file)
 
     def close(self) -> None:

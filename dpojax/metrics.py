@@ -29,6 +29,19 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def finite_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON, on one line or indented; numbers that JSON does not have (NaN, Infinity) become null."""
+    return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """One JSON object per logged step; a resumed run replaces what it repeats.
 
@@ -71,13 +84,14 @@ class MetricsLog:
         """Appends {"step": step, **scalars}; non-finite values become null in JSON."""
         if not self.enabled:
             return
-        row = {"step": step, **{k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}}
+        row = {"step": step, **{k: float(v) for k, v in scalars.items()}}
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(finite_json(row) + "\n")
             if self._board is not None:
                 for key, value in scalars.items():
-                    self._board.add_scalar(key, value, step)
+                    if math.isfinite(value):  # TensorBoard draws nothing for the others, and warns of each
+                        self._board.add_scalar(key, value, step)
         except OSError as error:
             self._complain(error)
 

@@ -109,7 +109,22 @@ def compute(
             start = starts[index.response_offsets[positions[g]] + k]
             values[start : start + len(own)] = own
         progress(positions[-1] + 1)
+    _check_finite(values, starts, pack)
     return values
+
+
+def _check_finite(values: np.ndarray, starts: np.ndarray, pack: PackGroups) -> None:
+    """Raises NumericsError naming the first row with a log-prob that is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if not len(bad):
+        return
+    response = int(np.searchsorted(starts, bad[0], side="right")) - 1
+    group = int(np.searchsorted(pack.index.response_offsets, response, side="right")) - 1
+    row = pack.data.records.where(int(pack.index.rows[group]))
+    raise NumericsError(
+        f"{row}: the log-prob of a token is {values[bad[0]]} ({len(bad):,} of {len(values):,} tokens are not finite); the weights "
+        "are finite, so that their products overflow: compute in float32 (model.dtype, --dtype), or look at the weights"
+    )
 
 
 def open_caches(
@@ -141,8 +156,6 @@ def open_caches(
             job.say(f"reference cache of {name}: {worst:.1e} nats off on a sample; computed anew")
         progress = job.progress(f"reference pass over {name}", len(index.rows), "prompts")
         values = run(count=len(index.rows), progress=progress)
-        if not np.isfinite(values).all():
-            raise NumericsError(f"the reference's log-probs of {dataset.records.name} are not finite")
         if job.main_process:
             store(path, values)
         progress.close(f"{len(values):,} tokens")

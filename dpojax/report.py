@@ -152,9 +152,11 @@ def _band(axis, rows: Sequence[dict[str, Any]], ends, color: str) -> None:
     found = []
     for row in rows:
         try:
-            found.append((row["step"], *ends(row)))
+            low, high = ends(row)
         except (KeyError, TypeError):  # another kind of row, or a value that was not finite
             continue
+        if low is not None and high is not None:
+            found.append((row["step"], low, high))
     if found:
         steps, low, high = zip(*found, strict=True)
         axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
@@ -175,9 +177,11 @@ def plot_heldout(results: PairResults, *, unpaired: bool) -> Any:
         rewards, margin, names = (rewards[0][good], rewards[0][~good]), results.margin, ("desirable", "undesirable")
         difference = results.chosen_lengths
         labels = ("log pi/ref on the labelled side of the reference point", "margin against length", "tokens of the response")
+    rewards = [r[np.isfinite(r)] for r in rewards]  # what is not a number has no place on an axis
+    margin = np.where(np.isfinite(margin), margin, np.nan)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-        both = np.concatenate(rewards)
+        both = np.concatenate(rewards) if any(map(len, rewards)) else np.zeros(1)
         low, high = np.percentile(both, [0.5, 99.5])
         bins = np.linspace(low - 1e-6, high + 1e-6, 41)
         axes[0].hist(rewards[0], bins, alpha=0.6, color=CHOSEN, label=names[0])
@@ -185,7 +189,7 @@ def plot_heldout(results: PairResults, *, unpaired: bool) -> Any:
         axes[0].set_title("implicit rewards", loc="left")
         axes[0].set_xlabel("beta log pi/ref")
         axes[0].legend(frameon=False)
-        axes[1].hist(margin, 41, color=TRAIN)
+        axes[1].hist(margin[np.isfinite(margin)], 41, color=TRAIN)
         axes[1].axvline(0, color="black", linewidth=0.8)
         axes[1].set_title("margins (right of 0: ranked as labelled)", loc="left")
         axes[1].set_xlabel(labels[0])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import Config, frozen_dtype, to_dict
 from dpojax.datasets import Data
 from dpojax.job import Job, Stop
-from dpojax.metrics import MetricsLog, duration, peak_memory, say
+from dpojax.metrics import MetricsLog, duration, finite_json, peak_memory, say
 from dpojax.models import hf, lora, peft
 from dpojax.opening import Opened, open_run
 from dpojax.policy import Policy, reference_params
@@ -246,8 +245,7 @@ def _export(job: Job, data: Data, policy: Policy, params) -> None:
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-    job.write_file("summary.json", json.dumps(plain, indent=2) + "\n")
+    job.write_file("summary.json", finite_json(summary, indent=2) + "\n")
 
 
 def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:

@@ -6,7 +6,6 @@ A DPO policy is a reward model: r(x, y) = beta (log pi(y | x) - log pi_ref(y | x
 
 import argparse
 import collections
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from dpojax.data.tokens import Limits, mask_ids
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import ConfigError, DataError
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
-from dpojax.metrics import Progress
+from dpojax.metrics import Progress, finite_json
 from dpojax.policy import check_positions
 from dpojax.train import make_token_logps_step
 
@@ -182,7 +181,7 @@ def score(args: argparse.Namespace) -> None:
     summary = summarise(written, dict(left_out), args)
     if out.path is not None:
         path = pathlib.Path(f"{out.path}.summary.json")
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        path.write_text(finite_json(summary, indent=2) + "\n")
     if summary["pairs"]:
         kind = f"implicit rewards, beta {args.beta:g}" if args.ref else "log-probs alone, without --ref"
         note(

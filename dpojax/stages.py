@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from dpojax.datasets import Data
 from dpojax.errors import CheckpointError, Interrupted, NumericsError
 from dpojax.flops import forward_flops, layer_work, peak_flops
 from dpojax.job import Job
-from dpojax.metrics import duration
+from dpojax.metrics import duration, finite_json
 from dpojax.models import ModelConfig
 from dpojax.optim import make_optimizer, make_schedule
 from dpojax.policy import Policy, fitted, frozen_layout, initial_params, kernel_name
@@ -167,19 +167,22 @@ class Stage:
         named &= rows >= 0
         by_loss = bool(named.any())
         own = sorted(set(rows[named if by_loss else rows >= 0].tolist()))
+        loss, grad_norm = float(metrics.scalars["loss"]), float(metrics.scalars["grad_norm"])
+        what = "a loss spike" if finite else "not finite"
+        if not finite and math.isfinite(loss) and math.isfinite(grad_norm):
+            what = "its update is not finite"
         note = {
             "stage": self.name,
             "step": done.step,
-            "reason": "spike" if finite else "not finite",
+            "reason": "spike" if finite else what,
             "skipped": skipped,
-            "loss": float(metrics.scalars["loss"]),
-            "grad_norm": float(metrics.scalars["grad_norm"]),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "rows": [self.data.records.where(r) for r in own],
             "row_ids": own,
             "named_by_loss": by_loss,  # False: the gradient alone was bad; all rows of the step are listed
         }
-        job.write_file("quarantine.jsonl", json.dumps(note) + "\n", append=True)
-        what = "a loss spike" if finite else "not finite"
+        job.write_file("quarantine.jsonl", finite_json(note) + "\n", append=True)
         effect = "parameters unchanged" if skipped else "trained on it (optim.skip_spikes=True skips it)"
         places = ", ".join(note["rows"][:4])
         job.say(f"{self.name} {done.step}: {what}, loss {note['loss']:.4g}; {effect}; {places} ... in quarantine.jsonl")
@@ -196,7 +199,7 @@ class Stage:
         rows = [{"row": self.data.records.where(int(r)), "loss": float(x)} for r, x in zip(ids, losses, strict=True) if r >= 0]
         scalars = {k: float(v) for k, v in done.metrics.scalars.items()}
         found = {"stage": self.name, "step": done.step, "scalars": scalars, "rows": rows, "config": to_dict(job.config)}
-        job.write_file(name, json.dumps(found, indent=1) + "\n")
+        job.write_file(name, finite_json(found, indent=1) + "\n")
         return job.workdir / name
 
     def save(self, job: Job, step: int, state: TrainState, *, wait: bool) -> None:

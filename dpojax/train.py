@@ -54,7 +54,7 @@ class StepMetrics(NamedTuple):
     scalars: dict[str, Float[Array, ""]]  # means over the whole step
     losses: Float[Array, "M A X"]  # of each pair (SFT: of each response), to name the rows of a bad step; 0 at padding
     row_id: Int[Array, "M A X"]  # -1 at padding
-    finite: Bool[Array, ""]  # loss and gradient are
+    finite: Bool[Array, ""]  # loss, gradient and what the step makes of the state are
     spike: Bool[Array, ""]  # the loss is far above its average
     skipped: Int[Array, ""]  # steps skipped before this one: the optimizer has seen as many less
 
@@ -643,7 +643,7 @@ def make_train_step(
 
     base: the frozen parameters under the state's adapters (LoRA); None where the state's parameters are all there is.
 
-    A step whose loss or gradient is not finite changes nothing but the counters, to the bit.
+    A step whose loss, gradient or update is not finite changes nothing but the counters, to the bit.
 
     Args:
       gradients: from `preference_gradients` or `sft_gradients`.
@@ -712,7 +712,8 @@ def make_update(
             updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         params = optax.apply_updates(state.params, updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # A finite gradient can still leave the numbers: a rate that is too large, a moment that overflows.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite((params, opt_state, reward_mean))
         taken, size = state.step - state.skipped, jnp.abs(loss)
         spike = (taken >= SPIKE_AFTER_STEPS) & (size > spike_factor * state.loss_average)
         good = finite & ~spike if skip_spikes else finite
@@ -736,6 +737,12 @@ def make_update(
         return new_state, StepMetrics(scalars, losses, row_id, finite, spike, state.skipped)
 
     return update
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every floating-point number of a tree is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def _move(ref: Any, params: Any, alpha: float, due) -> Any:

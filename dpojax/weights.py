@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpojax.checkpoint import Checkpoints, newest_step
 from dpojax.data.tokens import COMPANIONS
-from dpojax.errors import ConfigError
+from dpojax.errors import ConfigError, NumericsError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
 from dpojax.models.families import model_config, read_fields
 from dpojax.models.quantise import store_as
@@ -52,8 +52,23 @@ def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
     Args:
       path: a directory (Hugging Face, PEFT adapter, dpojax workdir or checkpoint), or a llama2.c `.bin` file.
       ignore: fields of config.json that are known not to matter.
-    Raises: ConfigError if there are none, or they cannot be read.
+    Raises: ConfigError if there are none, or they cannot be read. Its `load` raises NumericsError for weights that are not finite.
     """
+    weights = _open(path, ignore)
+
+    def load(shardings, dtype, progress):
+        params = weights.load(shardings, dtype, progress)
+        if (name := hf.non_finite_tensor(params, weights.config)) is not None:
+            raise NumericsError(
+                f"{path}: the tensor {name} holds NaN or Inf in {jnp.dtype(dtype).name}: the weights are damaged, or larger than "
+                "that type holds"
+            )
+        return params
+
+    return weights._replace(load=load)
+
+
+def _open(path: str, ignore: Collection[str]) -> Weights:
     place = pathlib.Path(path)
     if "\0" not in path and place.is_file():
         return _from_llama2c(place)
@@ -83,7 +98,7 @@ def _from_llama2c(path: pathlib.Path) -> Weights:
 
 def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
     settings = peft.read_settings(folder)
-    base = open_weights(str(peft.base_folder(folder, settings)), ignore=ignore)
+    base = _open(str(peft.base_folder(folder, settings)), ignore)
 
     def load(shardings, dtype, progress):
         params = base.load(shardings, dtype, progress)
@@ -139,4 +154,4 @@ def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str
     init = meta["config"]["model"]["init"]
     if not init:
         raise ConfigError(f"{workdir}: its adapters stand on random weights that no folder holds; there is nothing to load")
-    return open_weights(init, ignore=ignore)
+    return _open(init, ignore)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 import resource
@@ -12,6 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import model_folders
 import numpy as np
 import optax
 import pytest
@@ -32,15 +34,17 @@ from runs import (
     wait_for,
 )
 
+from dpojax import convert, generate, report, score
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import from_config_dict, load_config_file
 from dpojax.data.pipeline import _name_failures
 from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
 from dpojax.launch import alone_on_its_machine, launcher, tpu_host
-from dpojax.main import make_workdir
+from dpojax.main import main, make_workdir
+from dpojax.metrics import MetricsLog, finite_json
 from dpojax.models import hf
-from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, new_state
+from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, make_update, new_state
 
 
 def checksums(workdir, step=6):
@@ -340,6 +344,69 @@ def test_a_step_that_is_not_finite_changes_nothing_to_the_bit():
     }.items():
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), name
     assert int(after.skipped) == 1 and int(after.step) == 2
+
+
+def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are_finite():
+    optimizer = optax.sgd(1e38, momentum=0.9)
+    update = make_update(optimizer, spike_factor=math.inf, skip_spikes=False)
+    state = new_state(optimizer, {"x": jnp.ones(3), "y": jnp.zeros(2)})
+    grads = {"x": jnp.asarray([0.0, 30.0, 0.0]), "y": jnp.ones(2)}  # 30 x 1e38 is past float32
+    zero = jnp.zeros((1, 1, 1))
+    found = Gradients(jnp.ones(()), grads, {}, zero, zero.astype(jnp.int32), jnp.zeros(()))
+    after, metrics = jax.jit(update)(state, found)
+    assert np.isfinite(metrics.scalars["loss"]) and np.isfinite(metrics.scalars["grad_norm"]) and not metrics.finite
+    for old, new in zip(*map(jax.tree.leaves, (state[:2], after[:2])), strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+    assert int(after.skipped) == 1 and int(after.step) == 1
+
+
+def test_json_holds_no_nan_and_a_report_of_steps_without_numbers_is_drawn(tmp_path, capfd):
+    value = {"a": math.nan, "b": [1.0, -math.inf, {"c": (math.inf, 2)}], "d": "NaN"}
+    assert json.loads(finite_json(value), parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.0, None, {"c": [None, 2]}],
+        "d": "NaN",
+    }
+    log = MetricsLog(tmp_path, enabled=True)
+    keys = ("loss", "eval_on_policy_kl", "eval_on_policy_kl_standard_error", "gradient_weight/q10", "gradient_weight/q90")
+    for step, number in enumerate((0.5, math.nan, math.inf, 0.25)):
+        log.write(step, dict.fromkeys(keys, number))
+    log.close()
+    assert "NaN" not in capfd.readouterr().err  # of TensorBoard
+    log.rewind(sft_step=0, step=2)
+    assert [r["loss"] for r in log.rows()] == [0.5, None, None]
+    figure = report.plot_curves(log.rows())
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.0, 0.5]]
+
+
+@pytest.mark.slow
+def test_every_command_that_computes_log_probs_names_weights_that_are_not_finite(files, tmp_path, capfd):
+    def broken(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+        return tensors
+
+    base, bad = (model_folders.make_model(tmp_path / n, files, tensors=t) for n, t in (("base", None), ("bad", broken)))
+    large = model_folders.make_model(tmp_path / "large", files, tensors=lambda t: {k: v * 1e17 for k, v in t.items()})
+    pairs, out = model_folders.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out"
+    scoring = [f"--data={pairs}", f"--out={out}"]
+    of_run = lambda **settings: model_folders.training(files, tmp_path / "run", pairs, **settings)
+    calls = {
+        "score": (score.main, [f"--model={bad}", *scoring]),
+        "score --ref": (score.main, [f"--model={base}", f"--ref={bad}", *scoring]),
+        "generate": (generate.main, [f"--model={bad}", "--prompt=Hi", f"--out={out}"]),
+        "convert": (convert.main, [f"--model={bad}", f"--out={out}"]),
+        "train": (main, of_run(**{"model.init": bad})),
+        "reference": (main, of_run(**{"model.init": base, "reference.init": bad})),
+    }
+    for name, (function, argv) in calls.items():
+        assert function(argv) == 5, (name, capfd.readouterr())
+        said = capfd.readouterr()
+        assert "model.layers.1.mlp.down_proj.weight" in said.err.splitlines()[-1], (name, said.err)
+        assert not out.exists(), name
+    # Weights that are numbers, whose products are none.
+    for function, argv in ((score.main, scoring), (generate.main, ["--prompt=Hi", f"--out={out}"])):
+        assert function([f"--model={large}", *argv]) == 5
+        assert "not finite" in capfd.readouterr().err and not out.exists()
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

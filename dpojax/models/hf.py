@@ -292,6 +292,28 @@ def verify_checksums(folder: pathlib.Path) -> None:
             raise ConfigError(f"{file}: its bytes are not those that were exported; if that is meant, remove {path}")
 
 
+def _first_bad(x: jax.Array) -> jax.Array:
+    """The first index of the leading axis with a number that is not finite; -1: there is none."""
+    bad = jnp.any(~jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+
+
+_first_bad_of_all = jax.jit(lambda tree: jax.tree.map(_first_bad, tree))
+
+
+def non_finite_tensor(params: Any, config: ModelConfig) -> str | None:
+    """The name of the first tensor that holds a number that is not finite, as the family's files call it; None: there is none."""
+    first = jax.device_get(_first_bad_of_all(params))
+    outside, layer = places(config)
+    for row, at in outside:
+        if first[row.name] >= 0:
+            return at.name
+    for row, at in layer:
+        if first["layers"][row.name] >= 0:
+            return at.name.format(i=int(first["layers"][row.name]), e="*")
+    return None
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,71 @@
+"""Small Hugging Face directories with the small world's tokenizer, for tests of what is done with models on disk."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import runs
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from dpojax.data.tokens import load_tokenizer
+from dpojax.models import hf
+
+ROWS = [
+    ("The dog ran to the park.", " He saw a cat and they played all day.", " He was sad and went home alone."),
+    ("Lily had a red ball.", " She gave it to her friend Tom.", " It was lost in the big tree."),
+    ("Once there was a bird.", " It could sing a happy song.", " It did not like the rain at all."),
+    ("Mom said it was time for bed.", " Ben put on his blue hat.", " Ben said he was not tired yet, and he ran."),
+    ("Tom found a box.", " In the box was a small toy car.", " He did not open it."),
+    ("The sun was hot.", " They drank cold water.", " They went to sleep under a tree."),
+]
+
+
+def make_model(folder: pathlib.Path, files: pathlib.Path, *, seed: int = 0, tensors=None, **changes) -> pathlib.Path:
+    """A Llama of tiny's size in `folder`.
+
+    Args:
+      files: the folder of the tokenizer.
+      tensors: what becomes of the tensors on disk, by name.
+      changes: fields of ModelConfig.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    vocab_size = load_tokenizer(str(files)).vocab_size
+    config = dataclasses.replace(tiny.CONFIG, **{"vocab_size": vocab_size, **changes})
+    params = tiny.params(tiny.model(config), seed)
+    fields = hf.llama_fields(config, bos_id=None, eos_id=None)
+    hf.export_params(params, config, folder, fields=fields, dtype=jnp.float32, companions=files)
+    if tensors is not None:
+        change_tensors(folder, tensors)
+    return folder
+
+
+def change_tensors(folder: pathlib.Path, change) -> None:
+    """Writes what `change` makes of the tensors of a folder, by name."""
+    before = {name: np.array(x) for name, x in load_file(folder / hf.SINGLE).items()}
+    save_file(change(before), folder / hf.SINGLE, metadata={"format": "pt"})
+    (folder / hf.CHECKSUMS).unlink(missing_ok=True)
+
+
+def change_fields(folder: pathlib.Path, **fields) -> None:
+    """Writes fields of a folder's config.json; None removes one."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def write_pairs(path: pathlib.Path, rows=ROWS) -> pathlib.Path:
+    """The pairs as JSONL."""
+    lines = [json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in rows]
+    path.write_text("".join(lines))
+    return path
+
+
+def training(files: pathlib.Path, workdir: pathlib.Path, pairs: pathlib.Path, **settings) -> list[str]:
+    """The arguments of a run of two steps on `pairs`, to which `settings` add a model.init."""
+    no_sizes = {f"model.{name}": None for name in ("hidden_size", "intermediate_size", "head_dim")}
+    few = {"batch_size": 4, "num_steps": 2, "data.train": pairs, "data.eval": pairs, "data.row_tokens": 0, "tokenizer": ""}
+    return runs.command(files, workdir, **no_sizes, **{**few, **settings})[3:]
