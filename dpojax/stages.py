@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,12 @@ class Dispatched(NamedTuple):
     num_pairs: int
     num_tokens: int
     sizes: StepSizes
+    end: Future[float]  # when the devices were done with it, of time.monotonic()
+
+
+def _when_done(metrics: StepMetrics) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()
 
 
 class Trace:
@@ -100,9 +107,8 @@ class Stage:
     bad_in_a_row: int = 0
 
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
-        """Waits for a step, counts and logs it; `clock` is when the one before it was done. Returns the time now."""
-        jax.block_until_ready(done.metrics)
-        now = time.monotonic()
+        """Waits for a step, counts and logs it; `clock` is when the one before it was done. Returns when this one was."""
+        now = done.end.result()
         seconds = now - clock
         self.num_tokens += done.num_tokens
         self.finished += 1
@@ -250,6 +256,14 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any, base
 
 
 def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any) -> TrainState:
+    # A GPU's loops hold the thread that dispatches them. Seen from here, step i would end when i + 1 does.
+    with ThreadPoolExecutor(max_workers=1) as watch:
+        return _train_watched(job, stage, state, ref_params, base, watch)
+
+
+def _train_watched(
+    job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any, watch: ThreadPoolExecutor
+) -> TrainState:
     start = int(state.step)
     batches = stage.batches(start)
     pending: Dispatched | None = None
@@ -260,11 +274,12 @@ def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any
         if stage.trace:
             stage.trace.before(step, start)
         state, metrics = stage.step_program(state, ref_params, job.put(batch), details, base)
+        end = watch.submit(_when_done, metrics)
         if stage.trace:
             stage.trace.after(step, metrics, last=step == stage.num_steps)
         if pending:
             clock = stage.finish(job, pending, clock)
-        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), sizes)
+        pending = Dispatched(step, metrics, int(batch.num_pairs), int(batch.num_tokens), sizes, end)
         exit_code = job.stop(step)
         evaluation_due = step % job.config.eval_every_steps == 0 or step == stage.num_steps
         checkpoint_due = step % job.config.checkpoint_every_steps == 0 or step == stage.num_steps
