@@ -53,18 +53,16 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
     seen: dict[tuple, str] = {}
     count: collections.Counter = collections.Counter()
     bos, eos = (data.tokenizer.bos_id, data.tokenizer.eos_id) if data.tokenizer else (None, None)
-    for row in range(data.records.size):
+    for row, found in data.read_groups(range(data.records.size)):
         progress(row)
         where = data.records.where(row)
-        try:
-            group, cut = data.token_group(row)
-        except Dropped as verdict:
-            dropped[verdict.reason].append(where)
+        if isinstance(found, Dropped):
+            dropped[found.reason].append(where)
             continue
-        except DataError as error:
-            bad.append(str(error))
+        if isinstance(found, DataError):
+            bad.append(str(found))
             continue
-        text = data.text_group(row)
+        text, group, cut = found
         if isinstance(text.prompt, str) and text.prompt[-1:].strip():
             count["glued"] += sum(bool(str(r)[:1].strip()) for r in text.responses)
         count["cut_prompts"] += cut.prompt > 0

@@ -1,14 +1,13 @@
 """Messages -> the text of a prompt and of the answer after it, by the checkpoint's own chat template.
 
-A template is code from strangers: it runs in jinja2's sandbox, with limits on time and output, and without the parts of
-the language that make large texts from small ones. It does not see the date (`strftime_now`): rows would change daily.
+A template is code from strangers: it runs in jinja2's sandbox, with a limit on its output, and without the parts of
+the language that make large texts from small ones. Time and memory are bounded by the process that reads rows
+(`dpojax.sandbox`). It does not see the date (`strftime_now`): rows would change daily.
 """
 
 import functools
 import json
 import pathlib
-import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ import jinja2.sandbox
 
 from dpojax.plain_data import read_json
 
-MAX_SECONDS = 2.0  # of one rendering; a real one takes a millisecond
 MAX_CHARACTERS = 10_000_000
 LARGEST = 10**12  # number that a template may multiply
 # Methods and filters that make a large text from a small one and that chat templates do not need.
@@ -36,7 +34,7 @@ Message = dict[str, Any]
 
 
 class TemplateError(Exception):
-    """A template that refuses its messages, takes too long, or writes too much."""
+    """A template that refuses its messages or writes too much."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -142,25 +140,6 @@ def _compile(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-class _Deadline:
-    """Stops what runs in this thread at its next line of Python after `seconds` of its own time."""
-
-    def __init__(self, seconds: float):
-        self.end = time.thread_time() + seconds
-
-    def _trace(self, frame, event, argument):
-        if time.thread_time() > self.end:
-            raise TemplateError(f"it takes more than {MAX_SECONDS:g} s")
-        return self._trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *exception):
-        sys.settrace(self.before)
-
-
 class Rendered(NamedTuple):
     """A dialogue as text."""
 
@@ -178,17 +157,16 @@ class ChatTemplate(NamedTuple):
     name: str = "chat template"
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
-        """The text of the messages. Raises TemplateError if the template refuses them or goes past its limits."""
+        """The text of the messages, in no bounded time. Raises TemplateError if the template refuses them or writes too much."""
         parts, length = [], 0
         values = {"messages": list(messages), "tools": tools, "documents": None, **dict(self.variables)}
         try:
             template = _compile(self.source)
-            with _Deadline(MAX_SECONDS):
-                for part in template.generate(**values, add_generation_prompt=add_generation_prompt):
-                    length += len(part)
-                    if length > MAX_CHARACTERS:
-                        raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
-                    parts.append(part)
+            for part in template.generate(**values, add_generation_prompt=add_generation_prompt):
+                length += len(part)
+                if length > MAX_CHARACTERS:
+                    raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
+                parts.append(part)
         except TemplateError:
             raise
         except (jinja2.TemplateError, *BROKEN) as error:

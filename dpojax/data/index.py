@@ -6,22 +6,24 @@ every process plans the same steps and tokenises only its own rows.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpojax.data.packing import TokenGroup, TokenPair
-from dpojax.data.records import Records
+from dpojax.data.groups import TokenGroup, TokenPair
+from dpojax.data.records import Records, Row
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
+from dpojax.sandbox import SandboxError, each
 
 VERSION = 5  # raise it when a change of this package changes lengths or verdicts
 
@@ -121,6 +123,35 @@ class Index(NamedTuple):
         )
 
 
+class Read(NamedTuple):
+    """A row as it was read."""
+
+    text: Group
+    tokens: TokenGroup
+    cut: Cut
+
+
+def _read_item(data: "Dataset", item: tuple[Row, int, str]) -> Read | Exception:
+    """A row of `Dataset.read_groups`; an exception is a verdict."""
+    try:
+        return Read(*data.read_row(*item))
+    except (Dropped, DataError, ConfigError) as verdict:
+        return verdict
+
+
+def _verdict(result: Any, where: str) -> Read | Dropped | DataError:
+    """A result of the sandbox, or the verdict in its place. Raises what is none."""
+    if isinstance(result, SandboxError):
+        return DataError(f"{where}: the chat template or tokenizer {result} on this row")
+    if isinstance(result, Exception) and not isinstance(result, Dropped | DataError):
+        raise result
+    return result
+
+
+def _nowhere(row: int) -> Any:
+    raise AssertionError(f"row {row}: the records are elsewhere")
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Records with the way to token groups; picklable, so that worker processes can hold it."""
@@ -136,7 +167,10 @@ class Dataset:
 
     def text_group(self, row: int) -> Group:
         """The group of a source row, labels flipped where `flip_labels` says so."""
-        group = self.reader.read(self.records.get(row), self.records.where(row))
+        return self._text_group(self.records.get(row), row, self.records.where(row))
+
+    def _text_group(self, values: Row, row: int, where: str) -> Group:
+        group = self.reader.read(values, where)
         if self.flip_labels and np.random.Generator(np.random.Philox(key=[self.seed, row])).random() < self.flip_labels:
             if self.reader.kind == "unpaired":
                 pairs = tuple(p._replace(soft_label=1 - p.soft_label) for p in group.pairs)
@@ -146,8 +180,16 @@ class Dataset:
         return group
 
     def token_group(self, row: int) -> tuple[TokenGroup, Cut]:
-        """The token ids of a source row. Raises Dropped or DataError."""
-        group, where = self.text_group(row), self.records.where(row)
+        """The token ids of a source row, in no bounded time: of one that `read_groups` got through.
+
+        Raises: Dropped or DataError.
+        """
+        _, group, cut = self.read_row(self.records.get(row), row, self.records.where(row))
+        return group, cut
+
+    def read_row(self, values: Row, row: int, where: str) -> tuple[Group, TokenGroup, Cut]:
+        """What the columns `values` of a row are, as text and as token ids. Raises Dropped or DataError."""
+        group = self._text_group(values, row, where)
         if isinstance(group.prompt, str):
             if self.tokenizer is None:
                 raise DataError(f"{where}: the rows are text; set tokenizer")
@@ -156,9 +198,40 @@ class Dataset:
             except UnicodeEncodeError as error:
                 raise DataError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
         try:
-            return tokenize(group, self.tokenizer, self.limits, row, self.mask_ids, self.mask_template)
+            return group, *tokenize(group, self.tokenizer, self.limits, row, self.mask_ids, self.mask_template)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+
+    def read_groups(self, rows: Iterable[int]) -> "Iterator[tuple[int, Read | Dropped | DataError]]":
+        """Every row with its groups, or the verdict in their place, in order.
+
+        Template and tokenizer are those of strangers: they work in a child process with limits (`dpojax.sandbox`).
+        """
+        under_way: collections.deque[tuple[int, str, DataError | None]] = collections.deque()
+
+        def items() -> Iterator[tuple[Row, int, str]]:
+            for row in rows:
+                where = self.records.where(row)
+                try:
+                    values = self.records.get(row)
+                except DataError as error:
+                    under_way.append((row, where, error))
+                    continue
+                under_way.append((row, where, None))
+                yield values, row, where
+
+        # The child gets the rows one by one; it has no use for the file.
+        reading = dataclasses.replace(self, records=self.records._replace(get=_nowhere, where=_nowhere))
+        trusted = self.reader.chat is None and (self.tokenizer is None or self.tokenizer.folder is None)
+        step = functools.partial(_read_item, reading)
+        for result in map(step, items()) if trusted else each(_read_item, reading, items()):
+            while (damaged := under_way[0][2]) is not None:
+                yield under_way.popleft()[0], damaged
+            row, where, _ = under_way.popleft()
+            yield row, _verdict(result, where)
+        for row, _, damaged in under_way:
+            assert damaged is not None
+            yield row, damaged
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a token or a label."""
@@ -191,18 +264,17 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
     counts: collections.Counter = collections.Counter(rows=size)
     rows, prompts, responses, counted, hashes, pairs = [], [], [], [], [], []
     response_offsets, pair_offsets, bad, dropped, largest = [0], [0], [], [], 0
-    for row in range(size):
+    for row, found in data.read_groups(range(size)):
         progress(row)
-        try:
-            group, cut = data.token_group(row)
-        except Dropped as verdict:
-            counts[f"dropped/{verdict.reason}"] += 1
-            dropped.append(f"{data.records.where(row)}: {DROPPED[verdict.reason]}")
+        if isinstance(found, Dropped):
+            counts[f"dropped/{found.reason}"] += 1
+            dropped.append(f"{data.records.where(row)}: {DROPPED[found.reason]}")
             continue
-        except DataError as error:
-            bad.append(str(error))
+        if isinstance(found, DataError):
+            bad.append(str(found))
             check_bad_lines(name, bad, size, on_bad_line=on_bad_line, max_bad_share=max_bad_share)
             continue
+        group, cut = found.tokens, found.cut
         counts["cut/prompt"] += cut.prompt > 0
         counts["cut/response"] += any(cut.responses)
         counts.update(f"dropped_pair/{reason}" for reason in cut.dropped)

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.data.groups import TokenGroup, TokenPair
+
 
 def visible(query, key, query_group, key_group, query_branch, key_branch, distance=None, window=None):
     """The one attention rule: may the query at row index `query` see the key at row index `key`?
@@ -32,31 +34,6 @@ def visible(query, key, query_group, key_group, query_branch, key_branch, distan
     same_group = (key_group == query_group) & (query_group != 0)
     seen = (key <= query) & same_group & ((key_branch == 0) | (key_branch == query_branch))
     return seen if window is None else seen & (distance < window)
-
-
-class TokenPair(NamedTuple):
-    """A preference between two responses of one group, by their positions in it.
-
-    Unpaired data: `chosen` is the labelled response and `soft_label` its label; `rejected` is the group's mismatched
-    response where the objective needs one, else the labelled response again.
-    """
-
-    chosen: int
-    rejected: int
-    weight: float
-    soft_label: float  # probability that `chosen` is the better one
-    margin: float  # score of chosen minus score of rejected; 0 where there is no score
-
-
-class TokenGroup(NamedTuple):
-    """One prompt with its responses as token ids, ready to be packed."""
-
-    prompt: np.ndarray  # [|x|], at least one token
-    responses: tuple[np.ndarray, ...]  # [|y_k|] each, at least one token
-    pairs: tuple[TokenPair, ...]
-    row: int  # of the source, to name it later
-    ref_logps: tuple[np.ndarray, ...] | None = None  # [|y_k|] each, nats: the cached reference
-    counted: tuple[np.ndarray, ...] | None = None  # [|y_k|] each, bool: False at formatting tokens; None: all count
 
 
 class PackedBatch(NamedTuple):

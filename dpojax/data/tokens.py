@@ -13,15 +13,16 @@ import re
 import shutil
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from dpojax import sandbox
 from dpojax.data.chat import ChatTemplate, TemplateError, find_template
-from dpojax.data.packing import TokenGroup
+from dpojax.data.groups import TokenGroup
 from dpojax.data.triples import Dropped, Group, keep_sound
 from dpojax.errors import ConfigError, DataError
 from dpojax.plain_data import read_json
@@ -150,6 +151,7 @@ class JsonTokenizer:
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
         except Exception as error:  # the Rust side raises bare Exception
             raise ConfigError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
+        _check_decoder(spec.get("decoder"), self.path)
         for tokenizer in (self._prompt, self._continuation):
             # Text that spells a special token is text: data cannot forge an end of response.
             tokenizer.encode_special_tokens = True
@@ -221,6 +223,7 @@ class JsonTokenizer:
         copy_companions(self.path.parent, folder)
 
 
+MAX_DECODER_GROWTH = 100.0  # times the characters of the pieces; real decoders replace one by one
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
 # What lies beside the weights and goes on unchanged from an import to an export.
 COMPANIONS = (
@@ -277,6 +280,24 @@ def _without_prefix(spec: dict) -> dict:
     return {**spec, "normalizer": strip(spec.get("normalizer")), "pre_tokenizer": strip(spec.get("pre_tokenizer"))}
 
 
+def _check_decoder(spec: Any, path: pathlib.Path) -> None:
+    """Raises ConfigError for a decoder that can run long: ids become text in this process, many times a run."""
+    nodes, growth = [spec], 1.0
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict):
+            continue
+        nodes += node.get("decoders") or []
+        if node.get("type") != "Replace":
+            continue
+        pattern = node.get("pattern") or {}
+        if "String" not in pattern:
+            raise ConfigError(f"tokenizer {path}: its decoder holds a regular expression, {pattern!r:.80}, which is not run")
+        growth *= max(1.0, len(node.get("content") or "") / max(1, len(pattern["String"])))
+    if growth > MAX_DECODER_GROWTH:
+        raise ConfigError(f"tokenizer {path}: its decoder makes texts up to {growth:.3g} times as long")
+
+
 def _special_names(folder: pathlib.Path) -> dict[str, str]:
     """bos_token, eos_token, pad_token and add_bos_token from the files that Hugging Face keeps beside tokenizer.json."""
     names: dict[str, str] = {}
@@ -322,8 +343,25 @@ def _from_llama2c(data: bytes, path: str) -> bytes:
 def load_tokenizer(path: str) -> Tokenizer:
     """Opens a `.model` or `tokenizer.json` file, a folder that holds one, or a llama2.c tokenizer `.bin`.
 
-    Raises: ConfigError if there is none, it is damaged, or it has no EOS.
+    It is tried in a child process with limits first (`dpojax.sandbox`).
+    Raises: ConfigError if there is none, it is damaged, it has no EOS, or it goes past the limits.
     """
+    if not sandbox.inside():
+        try:
+            sandbox.call(_try_tokenizer, path)
+        except sandbox.SandboxError as error:
+            raise ConfigError(f"tokenizer {path!r}: reading it {error}") from error
+    return _open_tokenizer(path)
+
+
+def _try_tokenizer(path: str) -> None:
+    """Opens a tokenizer, and uses it once each way."""
+    tokenizer = _open_tokenizer(path)
+    ids = tokenizer.encode_prompt("A dog, 1 cat.\n") + tokenizer.encode_continuation(" Yes.")
+    tokenizer.decode(ids)
+
+
+def _open_tokenizer(path: str) -> Tokenizer:
     file = pathlib.Path(path)
     if file.is_dir():
         found = [file / n for n in TOKENIZER_NAMES if (file / n).is_file()]
@@ -373,7 +411,20 @@ def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
 
 
 def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
-    """The tokens that end a response: EOS, those of generation_config.json, and what the chat template puts after an answer."""
+    """The tokens that end a response: EOS, those of generation_config.json, and what the chat template puts after an answer.
+
+    Raises: ConfigError where the template goes past the limits of `dpojax.sandbox`.
+    """
+    if template is None:
+        return _stop_ids((tokenizer, template))
+    try:
+        return sandbox.call(_stop_ids, (tokenizer, template))
+    except sandbox.SandboxError as error:
+        raise ConfigError(f"{template.name}: it {error}") from error
+
+
+def _stop_ids(both: tuple[Tokenizer, ChatTemplate | None]) -> tuple[int, ...]:
+    tokenizer, template = both
     found = [tokenizer.eos_id]
     path = None if tokenizer.folder is None else tokenizer.folder / "generation_config.json"
     if path is not None and path.is_file():

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpojax.data.chat import ChatTemplate, TemplateError
-from dpojax.data.packing import TokenPair
+from dpojax.data.groups import TokenPair
 from dpojax.data.records import Row
 from dpojax.errors import ConfigError, DataError
 
