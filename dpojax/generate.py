@@ -12,10 +12,10 @@ import numpy as np
 
 from dpojax import sampling, sharding
 from dpojax.config import check_template, unescape
-from dpojax.data.chat import ChatTemplate, TemplateError
+from dpojax.data.chat import ChatTemplate
 from dpojax.data.records import open_records
-from dpojax.data.tokens import Tokenizer, prompt_ids, stop_ids
-from dpojax.data.triples import read_tools
+from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids, stop_ids
+from dpojax.data.triples import DROPPED, Dropped, read_messages, write_prompt
 from dpojax.errors import ConfigError, DataError, NumericsError
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
 from dpojax.metrics import Progress
@@ -74,18 +74,15 @@ def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTem
             raise DataError(
                 f"{where}: the prompt is a dialogue, and the tokenizer has no chat template; name one: --chat_template"
             )
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):
-            raise DataError(f"{where}: a message is {{role, content}} of strings")
-        tools = read_tools(row, where)
-        if (word := chat.forged(given, tools)) is not None:
-            raise DataError(
-                f"{where}: a message or tool spells the special token {word!r}, which the template would pass on as one"
-            )
+        column = "messages" if "messages" in row else "prompt"
         try:
-            text = chat.render(given, add_generation_prompt=True, tools=tools)
-        except TemplateError as error:
-            raise DataError(f"{where}: {chat.name}: {error}") from error
-        return Prompt(row, prompt_ids(text, tokenizer, limit, chat=True)[0])
+            group = write_prompt(read_messages(given, column, where), row, chat, where)
+        except Dropped as verdict:
+            raise DataError(f"{where}: {DROPPED[verdict.reason]}") from verdict
+        try:
+            return Prompt(row, chat_prompt(group, tokenizer, limit).ids)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
     if not isinstance(given, str) or not given:
         raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
     text = args.prompt_template.format(prompt=given) if args.prompt_template else given

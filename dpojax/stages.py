@@ -397,7 +397,7 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
             "prompt_template": c.data.prompt_template,
             "mask_ids": sorted(data.mask_ids),
             "mask_template": data.mask_template,
-            "chat_template": None if data.reader.chat is None else checkpoint.digest(data.reader.chat[:3]),
+            "chat_template": None if data.reader.chat is None else checkpoint.digest(data.reader.chat.identity()),
         },
         "seed": {"seed": c.seed, "data": c.data_seed, "shuffle": c.data.shuffle},
         **more,

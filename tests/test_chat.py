@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+import tokenizers.pre_tokenizers
 
-from dpojax.data.chat import ChatTemplate, TemplateError, find_template
+from dpojax.data.chat import ChatTemplate, TemplateError, find_templates
 from dpojax.data.tokens import Limits, chat_template, load_tokenizer, stop_ids, tokenize
 from dpojax.data.triples import Dropped, RowReader
 from dpojax.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ USER, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant",
 def test_the_response_is_exactly_what_the_template_puts_after_the_prompt(source, prompt, response):
     # A copy is made as one for a worker process is: by what the object says of itself (__reduce_ex__).
     template = copy.deepcopy(ChatTemplate(source, (("bos_token", "<s>"),)))
-    found = template.split([USER], ANSWER)
+    (found,) = template.split([USER], [ANSWER])
     assert (found.prompt, found.response) == (prompt, response)
     assert found.content is not None and response[slice(*found.content)] == "A dog."
     assert found.prompt + found.response == template.render([USER, ANSWER], add_generation_prompt=False)
@@ -50,7 +51,7 @@ def test_the_response_is_exactly_what_the_template_puts_after_the_prompt(source,
 def test_a_template_that_cannot_be_split_says_where():
     counting = "{{ messages|length }} messages\n" + CHATML
     with pytest.raises(TemplateError, match=r"does not start with the text of its prompt.*the prompt has '1 messages"):
-        ChatTemplate(counting).split([USER], ANSWER)
+        ChatTemplate(counting).split([USER], [ANSWER])
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,12 @@ def tinyllama(shared_data):
     return tokenizer, chat_template(tokenizer)
 
 
-def test_ids_of_dialogues_are_those_of_the_tokenizers_file_on_the_whole_text(shared_data, tinyllama):
+def test_ids_of_dialogues_are_those_of_transformers_tokenizer_on_the_whole_text(shared_data, tinyllama):
     tokenizer, template = tinyllama
     whole = tokenizers.Tokenizer.from_file(str(shared_data / "tokenizers/tinyllama/tokenizer.json"))
+    # What transformers' LlamaTokenizer makes of the file (tests/test_parity.py asks transformers itself).
+    whole.normalizer = None
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     whole.no_truncation()
     whole.no_padding()
     lines = (shared_data / "ultrafeedback/messages_sample.jsonl").read_text().splitlines()
@@ -135,7 +139,7 @@ def test_special_tokens_are_read_where_the_template_writes_them_and_nowhere_else
     with pytest.raises(Dropped, match="special_token"):
         RowReader("", chat=template).read({**ROW, "chosen": [USER, forged]}, "x")
     assert tokenizer.eos_id not in tokenizer.encode_continuation("Done.</s>")  # plain text stays text
-    assert tokenizer.eos_id in tokenizer.encode_chat("Done.</s>", continuation=True)[0]
+    assert tokenizer.eos_id in tokenizer.encode_chat("Done.</s>", before="I am ")[0]
 
 
 def test_roles_and_tools_cannot_forge_special_tokens_either():
@@ -149,7 +153,7 @@ def test_roles_and_tools_cannot_forge_special_tokens_either():
 
 
 def test_words_that_the_template_writes_too_are_found_where_the_message_stands():
-    found = ChatTemplate(THINKING).split([USER], {"role": "assistant", "content": "hi"})  # there is one in "think"
+    (found,) = ChatTemplate(THINKING).split([USER], [{"role": "assistant", "content": "hi"}])  # there is one in "think"
     assert found.content == (found.response.index("hi<|"), found.response.index("hi<|") + 2)
 
 
@@ -185,13 +189,16 @@ def test_other_rows_of_messages(tinyllama):
 
 def test_a_template_is_found_in_every_place(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    assert find_template(tmp_path) == CHATML
+    assert find_templates(tmp_path) == {"default": CHATML}
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAMA3}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
-    assert find_template(tmp_path) == LLAMA3
+    assert find_templates(tmp_path) == {"tool_use": "x", "default": LLAMA3}
     (tmp_path / "chat_template.jinja").write_text(THINKING)
-    assert find_template(tmp_path) == THINKING
-    assert find_template(tmp_path / "nowhere") is None
+    assert find_templates(tmp_path) == {"default": THINKING}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("y")
+    assert find_templates(tmp_path) == {"default": THINKING, "tool_use": "y"}
+    assert find_templates(tmp_path / "nowhere") == {}
 
 
 def test_what_ends_a_response(tinyllama, tmp_path, shared_data):
@@ -205,11 +212,11 @@ def test_what_ends_a_response(tinyllama, tmp_path, shared_data):
 
 def test_a_sentencepiece_model_reads_its_control_pieces_in_chat_text(shared_data):
     tokenizer = load_tokenizer(str(shared_data / "tokenizers/llama2"))
-    ids, spans = tokenizer.encode_chat("<s>[INST] Hé? [/INST]", continuation=False)
+    ids, spans = tokenizer.encode_chat("<s>[INST] Hé? [/INST]", spans=True)
     text = "<s>[INST] Hé? [/INST]"
     assert ids[0] == tokenizer.bos_id and tokenizer.decode(ids) == "[INST] Hé? [/INST]"
     assert "".join(text[a:b] for a, b in spans) == text
-    answer, _ = tokenizer.encode_chat(" Yes.</s>", continuation=True)
+    answer, _ = tokenizer.encode_chat(" Yes.</s>", before=text)
     assert answer == [*tokenizer.encode_continuation(" Yes."), tokenizer.eos_id]
 
 
@@ -274,4 +281,4 @@ def test_ids_are_those_of_sentencepiece(shared_data, name):
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / "tokenizers" / name))
     for text in real_texts(shared_data):
         assert ours.encode_prompt(text) == theirs.encode(text)
-        assert np.array_equal(ours.encode_chat(text, continuation=False)[0], theirs.encode(text)) or "<" in text
+        assert np.array_equal(ours.encode_chat(text)[0], theirs.encode(text)) or "<" in text

@@ -1,14 +1,18 @@
 """Messages -> the text of a prompt and of the answer after it, by the checkpoint's own chat template.
 
+Messages reach the template whole, as transformers passes them: every key of theirs, nulls as absent keys.
+
 A template is code from strangers: it runs in jinja2's sandbox, with a limit on its output, and without the parts of
 the language that make large texts from small ones. Time and memory are bounded by the process that reads rows
 (`dpojax.sandbox`). It does not see the date (`strftime_now`): rows would change daily.
 """
 
+import datetime
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -17,7 +21,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from dpojax.plain_data import read_json
+from dpojax.errors import ConfigError
+from dpojax.plain_data import read_json, read_text
 
 MAX_CHARACTERS = 10_000_000
 LARGEST = 10**12  # number that a template may multiply
@@ -28,7 +33,13 @@ DROPPED_FILTERS += ("round", "batch", "slice", "tojson", "replace", "join")  # t
 
 # What a template's own mistakes raise; SyntaxError: Python's limits on what it is compiled to.
 BROKEN = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, SyntaxError)
+TEMPLATE_FOLDER = "additional_chat_templates"
 MARK = "\ue000\ue001"  # characters of private use: no dialogue holds them
+
+# What a template that does not ask whether there is a clock is told: the day that Llama 3's templates fall back to.
+FIXED_DATE = datetime.date(2024, 7, 26)
+# The names under which a message's reasoning comes; templates read the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Message = dict[str, Any]
 
@@ -125,6 +136,19 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _NoClock(jinja2.Undefined):
+    """`strftime_now`: undefined for a template that asks, and always the same day for one that does not."""
+
+    unsafe_callable = alters_data = False  # jinja2 asks for these before a call
+    jinja_pass_arg = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        form = str(args[0]) if args else ""
+        if len(form) > 100 or re.search(r"%(?![-#]?[A-Za-z%])", form):
+            raise TemplateError(f"strftime_now({form[:40]!r})")
+        return FIXED_DATE.strftime(form)
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     # Not optimised: constants are not folded while it compiles, where no limit holds.
@@ -135,9 +159,48 @@ def _compile(source: str) -> jinja2.Template:
         environment.filters.pop(name, None)
     environment.filters |= {"tojson": _to_json, "replace": _replace, "join": _join}
     environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _NoClock(name="strftime_now")
     environment.globals.pop("lipsum", None)
     environment.globals.pop("cycler", None)
     return environment.from_string(source)
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` with every null of a dict as an absent key: Arrow pads rows with the keys of others. Lists keep theirs."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def with_reasoning_names(message: Message) -> Message:
+    """The message with its reasoning under both names that templates read, as transformers 5 passes it."""
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a nested value, the keys of dicts too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+class Context(NamedTuple):
+    """What a template sees beside the messages."""
+
+    tools: Any = None
+    documents: Any = None
+    options: Any = None  # the column chat_template_kwargs: variables by name, or None
 
 
 class Rendered(NamedTuple):
@@ -145,7 +208,9 @@ class Rendered(NamedTuple):
 
     prompt: str
     response: str  # exactly what the template puts after the prompt
-    content: tuple[int, int] | None  # where the message's own words stand in the response; None: they were changed
+    # Where the words of the message's content stand in the response; None: they were changed, or others stand beside them.
+    content: tuple[int, int] | None
+    empty: bool  # whether the template writes for the answer what it writes for one without words
 
 
 class ChatTemplate(NamedTuple):
@@ -155,14 +220,33 @@ class ChatTemplate(NamedTuple):
     variables: tuple[tuple[str, str], ...] = ()  # bos_token, eos_token, ...
     specials: tuple[str, ...] = ()  # texts that the tokenizer reads as special tokens
     name: str = "chat template"
+    tool_use: str = ""  # the template for dialogues with tools, where there are two
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
+    def identity(self) -> list[Any]:
+        """What changes the text that is written, for fingerprints."""
+        return [self.source, self.tool_use, [list(pair) for pair in self.variables], list(self.specials)]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        context: Context = Context(),  # noqa: B008
+    ) -> str:
         """The text of the messages, in no bounded time. Raises TemplateError if the template refuses them or writes too much."""
+        source = self.tool_use if self.tool_use and context.tools is not None else self.source
+        values = {
+            **dict(self.variables),
+            **(context.options or {}),
+            "messages": [with_reasoning_names(message) for message in messages],
+            "tools": context.tools,
+            "documents": context.documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
         parts, length = [], 0
-        values = {"messages": list(messages), "tools": tools, "documents": None, **dict(self.variables)}
         try:
-            template = _compile(self.source)
-            for part in template.generate(**values, add_generation_prompt=add_generation_prompt):
+            template = _compile(source)
+            for part in template.generate(**values):
                 length += len(part)
                 if length > MAX_CHARACTERS:
                     raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
@@ -175,44 +259,94 @@ class ChatTemplate(NamedTuple):
             raise TemplateError("it takes too much memory") from error
         return "".join(parts)
 
-    def split(self, before: Sequence[Message], answer: Message, tools: Any = None) -> Rendered:
-        """The prompt `before` an assistant's `answer`, and the text of the answer.
+    def split(
+        self,
+        before: Sequence[Message],
+        answers: Sequence[Message],
+        context: Context = Context(),  # noqa: B008
+    ) -> list[Rendered]:
+        """The prompt `before` an assistant's answers, and the text of each answer.
 
-        Raises: TemplateError, also where the text with the answer does not start with the text without it.
+        Raises: TemplateError, also where the text with an answer does not start with the text without it.
         """
-        prompt = self.render(before, add_generation_prompt=True, tools=tools)
-        whole = self.render([*before, answer], add_generation_prompt=False, tools=tools)
-        if not whole.startswith(prompt):
-            at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
-            raise TemplateError(
-                "the text of a dialogue does not start with the text of its prompt, so that the response cannot be told from "
-                f"it: after {prompt[max(0, at - 40) : at]!r} the prompt has {prompt[at : at + 30]!r}, the dialogue {whole[at : at + 30]!r}"
-            )
-        response = whole[len(prompt) :]
-        words = str(answer["content"]).strip()
+        prompt = self.render(before, add_generation_prompt=True, context=context)
+        return [self._split_answer(prompt, before, answer, context) for answer in answers]
+
+    def _split_answer(self, prompt: str, before: Sequence[Message], answer: Message, context: Context) -> Rendered:
+        response = self._response(prompt, before, answer, context)
+        content = answer.get("content")
+        words = content.strip() if isinstance(content, str) else ""
         start = response.find(words)
+        alone = answer.keys() <= {"role", "content"}
+        if not words or start < 0:
+            return Rendered(prompt, response, None, self._is_empty(prompt, response, before, answer, context))
         if response.count(words) > 1:  # the template's own text holds the words too: where do others stand?
-            marked = self.render([*before, {**answer, "content": MARK}], add_generation_prompt=False, tools=tools)
+            marked = self.render([*before, {**answer, "content": MARK}], add_generation_prompt=False, context=context)
             start = marked.find(MARK) - len(prompt)
-        found = words and start >= 0 and response[start : start + len(words)] == words
-        return Rendered(prompt, response, (start, start + len(words)) if found else None)
+        stop = start + len(words)
+        stands = alone and start >= 0 and response[start:stop] == words
+        return Rendered(prompt, response, (start, stop) if stands else None, False)
 
-    def forged(self, messages: Sequence[Message], tools: Any = None) -> str | None:
-        """A special token that the messages or tools spell themselves; None if they spell none."""
-        words = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
-        return next((s for s in self.specials if json.dumps(s, ensure_ascii=False)[1:-1] in words), None)
+    def _response(self, prompt: str, before: Sequence[Message], answer: Message, context: Context) -> str:
+        whole = self.render([*before, answer], add_generation_prompt=False, context=context)
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+        raise TemplateError(
+            "the text of a dialogue does not start with the text of its prompt, so that the response cannot be told from "
+            f"it: after {prompt[max(0, at - 40) : at]!r} the prompt has {prompt[at : at + 30]!r}, "
+            f"the dialogue {whole[at : at + 30]!r}"
+        )
+
+    def _is_empty(self, prompt: str, response: str, before: Sequence[Message], answer: Message, context: Context) -> bool:
+        """Whether the template writes the answer as it writes an assistant's message without words."""
+        content = answer.get("content")
+        blank = content is None or (isinstance(content, str) and not content.strip())
+        if blank and answer.keys() <= {"role", "content"}:
+            return True
+        try:
+            nothing = self._response(prompt, before, {"role": answer["role"], "content": ""}, context)
+        except TemplateError:  # it refuses a message without words, and did not refuse this one
+            return False
+        return response.strip() == nothing.strip()
+
+    def forged(self, messages: Sequence[Message], context: Context = Context()) -> str | None:  # noqa: B008
+        """A special token that the messages, tools or documents spell themselves; None if they spell none."""
+        words = "\0".join(_strings([list(messages), *context]))
+        return next((s for s in self.specials if s in words), None)
 
 
-def find_template(folder: pathlib.Path) -> str | None:
-    """The chat template among a tokenizer's files, or None. Raises ConfigError for a damaged file."""
+def find_templates(folder: pathlib.Path) -> dict[str, str]:
+    """The chat templates among a tokenizer's files by name: "default", "tool_use", ...; files go before the config's.
+
+    Raises: ConfigError for a damaged file.
+    """
+    templates: dict[str, str] = {}
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        templates["default"] = read_text(folder / "chat_template.jinja")
+    if (folder / TEMPLATE_FOLDER).is_dir():
+        for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+            templates[path.stem] = read_text(path)
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if not (folder / name).is_file():
+        if templates or not (folder / name).is_file():
             continue
         found = read_json(folder / name).get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = next((t.get("template") for t in found if t.get("name") == "default"), None)
         if isinstance(found, str):
-            return found
-    return None
+            templates = {"default": found}
+        elif isinstance(found, list | dict):
+            templates = _named_templates(found, folder / name)
+        elif found is not None:
+            raise ConfigError(f"{folder / name}: chat_template is {found!r:.60}; it must be a text, or a list of texts by name")
+    return templates
+
+
+def _named_templates(value: Any, path: pathlib.Path) -> dict[str, str]:
+    """tokenizer_config.json's form of several templates: a list of {name, template}, or a table."""
+    try:
+        named = value if isinstance(value, dict) else {t["name"]: t["template"] for t in value}
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: chat_template is no list of {{name, template}} ({error!r})") from error
+    if not all(isinstance(text, str) for item in named.items() for text in item):
+        raise ConfigError(f"{path}: chat_template is no list of {{name, template}} of texts")
+    return dict(named)

@@ -25,7 +25,7 @@ from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
 from dpojax.sandbox import SandboxError, each
 
-VERSION = 5  # raise it when a change of this package changes lengths or verdicts
+VERSION = 6  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -44,7 +44,7 @@ class Index(NamedTuple):
     margins: np.ndarray
     prompt_hashes: np.ndarray  # [n] equal for equal prompts
     largest_id: np.ndarray  # [] the largest token id
-    counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/response, bad_line
+    counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/turns, cut/response, bad_line
     bad: tuple[str, ...]  # the message of each line that could not be read
     dropped: tuple[str, ...]  # "file:line: reason" of each row that holds no usable pair
     # [n, 2] source row and response number of what stands as the last response of the group: an answer to another prompt
@@ -134,7 +134,9 @@ class Read(NamedTuple):
 def _read_item(data: "Dataset", item: tuple[Row, int, str]) -> Read | Exception:
     """A row of `Dataset.read_groups`; an exception is a verdict."""
     try:
-        return Read(*data.read_row(*item))
+        text, tokens, cut = data.read_row(*item)
+        # What is written of messages stays; the messages themselves need not be sent on.
+        return Read(text._replace(answers=None, dialogue=None), tokens, cut)
     except (Dropped, DataError, ConfigError) as verdict:
         return verdict
 
@@ -238,7 +240,7 @@ class Dataset:
         parts: list[Any] = [VERSION, self.records.fingerprint, self.tokenizer and self.tokenizer.fingerprint]
         parts += [list(self.limits), self.reader.prompt_template, self.reader.kind, sorted(self.mask_ids)]
         parts += [self.flip_labels, self.seed if self.flip_labels else 0, self.mask_template]
-        parts += [self.reader.chat and list(self.reader.chat[:3])]
+        parts += [self.reader.chat and self.reader.chat.identity()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -276,6 +278,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
             continue
         group, cut = found.tokens, found.cut
         counts["cut/prompt"] += cut.prompt > 0
+        counts["cut/turns"] += cut.turns
         counts["cut/response"] += any(cut.responses)
         counts.update(f"dropped_pair/{reason}" for reason in cut.dropped)
         rows.append(row)

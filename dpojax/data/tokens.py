@@ -5,6 +5,7 @@ encoded as the continuation of its prompt: no dummy prefix, no BOS. Limits count
 template holds its special tokens itself, BOS and ends of turns included; nothing is added to it.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -21,18 +22,22 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from dpojax import sandbox
-from dpojax.data.chat import ChatTemplate, TemplateError, find_template
+from dpojax.data.chat import TEMPLATE_FOLDER, ChatTemplate, Message, TemplateError, find_templates
 from dpojax.data.groups import TokenGroup
-from dpojax.data.triples import Dropped, Group, keep_sound
+from dpojax.data.tokenizer_files import Named, TokenizerFiles, any_of, read_files
+from dpojax.data.triples import Dropped, Group, keep_sound, rewrite_group
 from dpojax.errors import ConfigError, DataError
-from dpojax.plain_data import read_json
+from dpojax.plain_data import read_json, read_text
+
+Spans = list[tuple[int, int]]  # where each token starts and stops, characters
 
 
 class Tokenizer(Protocol):
     """Text to ids and back. `encode_*` add no special token.
 
-    `encode_chat` alone reads special tokens (`specials`) out of the text; it returns where each token stands in it, too.
-    With `continuation` the text goes on after other text, and not after a special token.
+    `encode_chat` alone reads special tokens (`specials`) out of the text: that of a dialogue, or of the part of one after
+    the text `before`. No token straddles the two; else the ids are those that the whole dialogue has there. With `spans`
+    it returns where each token stands in the text, too.
     """
 
     bos_id: int | None
@@ -41,9 +46,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
     folder: pathlib.Path | None  # where its file lies
+    notes: tuple[str, ...]  # where its files contradict each other, and what is done
 
     def specials(self) -> dict[str, int]: ...
-    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]: ...
+    def encode_chat(self, text: str, *, before: str = "", spans: bool = False) -> tuple[list[int], Spans]: ...
     def encode_prompt(self, text: str) -> list[int]: ...
     def encode_continuation(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -72,15 +78,22 @@ class SentencePieceTokenizer:
         bos, eos, pad = self._prompt.bos_id(), self._prompt.eos_id(), self._prompt.pad_id()
         if eos < 0:
             raise ConfigError(f"tokenizer {self.name}: it has no EOS piece; responses could not end")
-        named = {} if self.folder is None else _special_names(self.folder)
-        if "eos_token" in named and (own := self.piece_id(named["eos_token"])) is not None:
-            eos = own
-        self.bos_id, self.eos_id = (bos if bos >= 0 and named.get("add_bos_token") != "False" else None), eos
+        files = read_files(self.folder)
+        self.notes = files.notes
+        for key in ("bos_token", "eos_token"):
+            if key in files.names:
+                self._require(files.names[key], key)
+        if "eos_token" in files.names:
+            eos = self._prompt.piece_to_id(files.names["eos_token"].text)
+        self.bos_id, self.eos_id = (bos if bos >= 0 and files.flags.get("add_bos_token") is not False else None), eos
         self.pad_id = pad if pad >= 0 else eos
         self.vocab_size = self._prompt.vocab_size()
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
         control = [i for i in range(self.vocab_size) if self._prompt.is_control(i)]
         self._specials = {self._prompt.id_to_piece(i): i for i in control}
+        self._pattern = any_of(self._specials)
+        # Whether every piece of text between special tokens gets a dummy prefix, or only the start of the dialogue.
+        self._prefixes_all = files.flags.get("legacy") is True
         # Models that squeeze white space would also strip the space that a continuation starts with.
         self._squeezes = self._continuation.encode(" a") == self._continuation.encode("a")
 
@@ -93,21 +106,35 @@ class SentencePieceTokenizer:
     def specials(self) -> dict[str, int]:
         return self._specials
 
-    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        specials = self.specials()
-        ids, spans, place = [], [], 0
-        for part in re.split(f"({'|'.join(map(re.escape, specials))})", text):
-            if part in specials:
-                ids.append(specials[part])
-                spans.append((place, place + len(part)))
+    def _require(self, name: Named, key: str) -> None:
+        """Raises ConfigError if the model lacks a token that a file beside it names."""
+        if self.piece_id(name.text) is None:
+            raise ConfigError(f"{name.path}: {key} is {name.text!r}, which {self.name} does not have")
+
+    def encode_chat(self, text: str, *, before: str = "", spans: bool = False) -> tuple[list[int], Spans]:
+        ids: list[int] = []
+        places: Spans = []
+        place = 0
+        plain = bool(before) and not self._ends_special(before)  # whether plain text stands in front
+        for part in self._pattern.split(text):
+            if part in self._specials:
+                ids.append(self._specials[part])
+                places.append((place, place + len(part)))
+                plain = False
             elif part:
-                plain = self._continuation if continuation or ids else self._prompt
-                found, data = plain.encode(part, return_type="proto").pieces, part.encode()
-                ids += [p.id for p in found]
-                at = lambda byte, data=data, place=place: place + len(data[:byte].decode(errors="ignore"))
-                spans += [(at(p.begin), at(p.end)) for p in found]
+                starts = self._prefixes_all or not (before or place)
+                encoder = self._prompt if starts and not plain else self._continuation
+                if spans:
+                    pieces = encoder.encode(part, return_type="proto").pieces
+                    ids += [piece.id for piece in pieces]
+                    places += _characters(part, [(piece.begin, piece.end) for piece in pieces], place)
+                else:
+                    ids += encoder.encode(part)
             place += len(part)
-        return ids, spans
+        return ids, places
+
+    def _ends_special(self, text: str) -> bool:
+        return any(text.endswith(special) for special in self._specials)
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prompt.encode(text)
@@ -118,10 +145,11 @@ class SentencePieceTokenizer:
         return self._continuation.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._prompt.decode([int(i) for i in ids])
+        # A model may have more rows than the tokenizer has pieces: such ids are no text.
+        return self._prompt.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def piece(self, token: int) -> str:
-        return self._prompt.id_to_piece(int(token))
+        return self._prompt.id_to_piece(int(token)) if 0 <= token < self.vocab_size else f"<{token}>"
 
     def piece_id(self, piece: str) -> int | None:
         found = self._prompt.piece_to_id(piece)
@@ -144,37 +172,54 @@ class JsonTokenizer:
         self._load()
 
     def _load(self):
+        files = read_files(self.path.parent)
         try:
             text = self.path.read_text(encoding="utf-8")
             spec = json.loads(text)
             self._prompt = tokenizers.Tokenizer.from_str(text)
-            self._continuation = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
+            continuation = _without_prefix(copy.deepcopy(spec))
+            self._continuation = tokenizers.Tokenizer.from_str(json.dumps(continuation))
+            dialogue, notes = _for_dialogues(spec, files)
+            self._chat = tokenizers.Tokenizer.from_str(json.dumps(dialogue))
         except Exception as error:  # the Rust side raises bare Exception
             raise ConfigError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
         _check_decoder(spec.get("decoder"), self.path)
+        added = _add_tokens((self._prompt, self._continuation, self._chat), files)
+        for tokenizer in (self._prompt, self._continuation, self._chat):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         for tokenizer in (self._prompt, self._continuation):
             # Text that spells a special token is text: data cannot forge an end of response.
             tokenizer.encode_special_tokens = True
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._text, self._chat = text, None
-        self._specials = {t.content: i for i, t in self._prompt.get_added_tokens_decoder().items() if t.special}
+        known = self._chat.get_added_tokens_decoder()
+        self._specials = {t.content: i for i, t in known.items() if t.special}
+        self._added = {t.content: t for t in known.values() if t.special or not t.normalized}
+        self._pattern = any_of(self._added)
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
-        names = _special_names(self.path.parent)
-        bos = self._id(names.get("bos_token"))
+        bos, eos, pad = (self._id(n.text) if (n := files.names.get(f"{k}_token")) else None for k in ("bos", "eos", "pad"))
         # BOS where the tokenizer itself puts one: many files name a token that no text of theirs ever started with (GPT-2).
-        adds = self._prompt.encode("a", add_special_tokens=True).ids[:1] == [bos]
-        self.bos_id = bos if names.get("add_bos_token", str(adds)) == "True" else None
-        eos = self._id(names.get("eos_token"))
+        adds = bos is not None and self._prompt.encode("a", add_special_tokens=True).ids[:1] == [bos]
+        self.bos_id = bos if adds else None
+        if adds is (not files.flags.get("add_bos_token", adds)):
+            notes += (
+                f"{files.place}: add_bos_token={files.flags['add_bos_token']}, and {self.path.name} puts "
+                f"{'one' if adds else 'none'}: its way is followed, as transformers does",
+            )
+        if added:
+            notes += (
+                f"{files.place}: {', '.join(map(repr, added[:3]))}{' ...' if len(added) > 3 else ''} are tokens as this file "
+                f"says, and not as {self.path.name} says, as transformers does",
+            )
+        self.notes = files.notes + notes
         if eos is None:
             known = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
             eos = next((i for i in map(self._id, known) if i is not None), None)
         if eos is None:
             raise ConfigError(f"tokenizer {self.path}: no EOS token; name eos_token in tokenizer_config.json beside it")
         self.eos_id = eos
-        pad = self._id(names.get("pad_token"))
         self.pad_id = eos if pad is None else pad
-        self.fingerprint = hashlib.sha256(text.encode() + repr((self.bos_id, self.eos_id)).encode()).hexdigest()
+        more = [added] if added else []
+        self.fingerprint = hashlib.sha256(text.encode() + repr((self.bos_id, self.eos_id, *more)).encode()).hexdigest()
 
     def _id(self, name: str | None) -> int | None:
         return None if name is None else self._prompt.token_to_id(name)
@@ -194,23 +239,38 @@ class JsonTokenizer:
     def specials(self) -> dict[str, int]:
         return self._specials
 
-    def encode_chat(self, text: str, *, continuation: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        if self._chat is None:  # made when first asked for: most runs have no chat template
-            self._chat = tokenizers.Tokenizer.from_str(self._text)
-            self._chat.no_truncation()
-            self._chat.no_padding()
-        ids, spans, start = [], [], 0
-        if continuation:  # as far as the first special token; what follows one is written as everywhere
-            places = [text.find(s) for s in self.specials()]
-            start = min((p for p in places if p >= 0), default=len(text))
-            first = self._continuation.encode(text[:start], add_special_tokens=False)
-            ids, spans = first.ids, first.offsets
-        rest = self._chat.encode(text[start:], add_special_tokens=False)
-        return ids + rest.ids, spans + [(start + a, start + b) for a, b in rest.offsets]
+    def encode_chat(self, text: str, *, before: str = "", spans: bool = False) -> tuple[list[int], Spans]:
+        if not before:
+            return _encode(self._chat, text, spans)
+        context = self._context(before)
+        if context:  # what follows a special token is encoded after it, and the token left out again
+            ids, places = _encode(self._chat, context + text, spans)
+            shift = len(context)
+            return ids[1:], [(max(0, a - shift), max(0, b - shift)) for a, b in places[1:]]
+        first = self._pattern.search(text)
+        end = first.start() if first else len(text)
+        lead = text[:end]
+        if first and self._added[first.group()].lstrip:
+            lead = lead.rstrip()
+        ids, places = _encode(self._continuation, lead, spans) if lead else ([], [])
+        if first:
+            more, more_places = _encode(self._chat, text[end:], spans)
+            ids, places = ids + more, places + [(end + a, end + b) for a, b in more_places]
+        return ids, places
+
+    def _context(self, before: str) -> str:
+        """The special token that `before` ends with, and the white space that it swallows; "" if plain text ends it."""
+        start, token = 0, ""
+        for found in self._pattern.finditer(before):
+            start, token = found.start(), found.group()
+        tail = before[start + len(token) :]
+        if not token or (tail and not (tail.isspace() and self._added[token].rstrip)):
+            return ""
+        return before[start:]
 
     def decode(self, ids: Sequence[int]) -> str:
         # BOS and EOS by hand: `skip_special_tokens` leaves those that the vocabulary itself holds.
-        text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
+        text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]  # ids without a piece decode to nothing
         return self._prompt.decode(text, skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
@@ -224,6 +284,10 @@ class JsonTokenizer:
 
 
 MAX_DECODER_GROWTH = 100.0  # times the characters of the pieces; real decoders replace one by one
+# What looks like a special token in a text, and what is plain text with some models.
+CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|</?s>|</?(?:bos|eos)>|<(?:start|end)_of_turn>")
+ROLE_TEXTS = ("<|user|>", "<|assistant|>", "<|system|>")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
 # What lies beside the weights and goes on unchanged from an import to an export.
 COMPANIONS = (
@@ -233,24 +297,13 @@ COMPANIONS = (
 
 
 def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies the tokenizer's files and generation_config.json, as they are."""
-    for name in COMPANIONS:
+    """Copies the tokenizer's files, all chat templates and generation_config.json, as they are."""
+    more = sorted((source / TEMPLATE_FOLDER).glob("*.jinja"))
+    if more:
+        (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+    for name in (*COMPANIONS, *(f"{TEMPLATE_FOLDER}/{path.name}" for path in more)):
         if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
             shutil.copyfile(source / name, folder / name)
-
-
-def _added_tokens(folder: pathlib.Path) -> list[str]:
-    """The tokens that a folder's files add to a sentencepiece model. Raises ConfigError for a damaged file."""
-    found: list[str] = []
-    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
-            try:
-                values = values if key is None else (values.get(key) or {}).values()
-                found += [v["content"] if isinstance(v, dict) else v for v in values]
-            except (AttributeError, TypeError, KeyError) as error:
-                raise ConfigError(f"{folder / name}: not a table of tokens ({error})") from error
-    return found
 
 
 def _without_prefix(spec: dict) -> dict:
@@ -298,20 +351,94 @@ def _check_decoder(spec: Any, path: pathlib.Path) -> None:
         raise ConfigError(f"tokenizer {path}: its decoder makes texts up to {growth:.3g} times as long")
 
 
-def _special_names(folder: pathlib.Path) -> dict[str, str]:
-    """bos_token, eos_token, pad_token and add_bos_token from the files that Hugging Face keeps beside tokenizer.json."""
-    names: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            values = read_json(folder / file)
-            for key in ("bos_token", "eos_token", "pad_token"):
-                value = values.get(key)
-                value = value.get("content") if isinstance(value, dict) else value
-                if isinstance(value, str):
-                    names[key] = value
-            if isinstance(values.get("add_bos_token"), bool):
-                names["add_bos_token"] = str(values["add_bos_token"])
-    return names
+def _for_dialogues(spec: dict, files: TokenizerFiles) -> tuple[dict, tuple[str, ...]]:
+    """The tokenizer.json `spec` changed to what transformers reads the text of a chat template with, and what to say of it.
+
+    Special tokens are found in the text as it is, whatever normalisation would make of them. Llama's classes put a word's
+    mark by Metaspace, in place of a file's older normalizer: at the start of the dialogue, and not after special tokens.
+    """
+    spec = copy.deepcopy(spec)
+    for token in spec.get("added_tokens", ()):
+        if token.get("special"):
+            token["normalized"] = False
+    if files.flags.get("tokenizer_class") not in LLAMA_CLASSES or '"Prepend"' not in json.dumps(spec.get("normalizer")):
+        return spec, ()
+    if files.flags.get("add_prefix_space") is False:
+        scheme = "never"
+    elif files.flags.get("legacy") is True:
+        scheme = "always"
+    else:
+        scheme = "first"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme, split=False)
+    said = (
+        f"{files.place}: tokenizer_class {files.flags['tokenizer_class']} and the normalizer of tokenizer.json mark words "
+        "in two ways; dialogues are read by the class's, as transformers does",
+    )
+    return spec, said
+
+
+def _add_tokens(all_of_them: Sequence[tokenizers.Tokenizer], files: TokenizerFiles) -> list[str]:
+    """Adds the tokens that only the files beside a tokenizer.json know; those whose flags differ get theirs.
+
+    Returns: the tokens that changed, in the order of the files.
+    Raises: ConfigError for a token that cannot have the id that it is given, and for a BOS or EOS that is nowhere.
+    """
+    changed: list[str] = []
+    known = [tokenizer.get_added_tokens_decoder() for tokenizer in all_of_them]
+    for number, token, path in files.added:
+        before = known[0].get(number)
+        if repr(before) == repr(token):
+            continue
+        changed.append(token.content)
+        # Special tokens are found in the text as it is (see `_for_dialogues`).
+        plain = tokenizers.AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized and not token.special,
+            special=token.special,
+        )
+        for tokenizer in all_of_them:
+            tokenizer.add_tokens([plain])
+            given = tokenizer.token_to_id(token.content)
+            if given != number:
+                raise ConfigError(
+                    f"{path}: the token {token.content!r} is to have the id {number}, and the tokenizer gives it {given}"
+                )
+    for key in ("bos_token", "eos_token"):
+        name = files.names.get(key)
+        if name is None:
+            continue
+        if all_of_them[0].token_to_id(name.text) is None:
+            raise ConfigError(f"{name.path}: {key} is {name.text!r}, which the vocabulary does not have")
+        special = {t.content for t in all_of_them[0].get_added_tokens_decoder().values() if t.special}
+        if name.text not in special:
+            changed.append(name.text)
+            for tokenizer in all_of_them:
+                tokenizer.add_special_tokens([tokenizers.AddedToken(name.text, normalized=False, special=True)])
+    return changed
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str, spans: bool) -> tuple[list[int], Spans]:
+    if spans:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)  # it counts no characters
+    return encoding.ids, []
+
+
+def _characters(text: str, places: Spans, start: int) -> Spans:
+    """Places in the UTF-8 bytes of `text` as places in its characters, from `start`."""
+    data = text.encode()
+    if len(data) == len(text):
+        return [(start + a, start + b) for a, b in places]
+
+    def at(byte: int) -> int:
+        return start + len(data[:byte].decode(errors="ignore"))
+
+    return [(at(a), at(b)) for a, b in places]
 
 
 def _from_llama2c(data: bytes, path: str) -> bytes:
@@ -385,29 +512,71 @@ def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
 
     Raises: ConfigError if it cannot be read.
     """
+    tool_use = ""
     if file:
         path = pathlib.Path(file)
         if "\0" in file or not path.is_file():
             raise ConfigError(f"data.chat_template={file!r}: there is no such file")
-        source, name = path.read_text(encoding="utf-8"), f"data.chat_template={file!r}"
+        source, name = read_text(path), f"data.chat_template={file!r}"
     else:
-        source = None if tokenizer.folder is None else find_template(tokenizer.folder)
+        templates = {} if tokenizer.folder is None else find_templates(tokenizer.folder)
         name = f"the chat template in {tokenizer.folder}"
+        if templates and "default" not in templates:
+            raise ConfigError(
+                f"{tokenizer.folder}: it holds the chat templates {', '.join(sorted(templates))}, and none is the default; "
+                "name a file in data.chat_template"
+            )
+        source, tool_use = templates.get("default"), templates.get("tool_use", "")
     if source is None:
         return None
-    names = {} if tokenizer.folder is None else _special_names(tokenizer.folder)
-    names.pop("add_bos_token", None)
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.folder is not None:
-        lost = [t for t in _added_tokens(tokenizer.folder) if tokenizer.piece_id(t) is None and t in source]
-        if lost:
-            raise ConfigError(
-                f"{name}: it writes {lost[0]!r}, which the sentencepiece model in {tokenizer.folder} does not have (its added tokens "
-                "are not read); save the tokenizer with a tokenizer.json"
-            )
+    files = read_files(tokenizer.folder)
+    names = {key: named.text for key, named in files.names.items()}
     if tokenizer.bos_id is not None:
         names.setdefault("bos_token", tokenizer.piece(tokenizer.bos_id))
     names.setdefault("eos_token", tokenizer.piece(tokenizer.eos_id))
-    return ChatTemplate(source, tuple(sorted(names.items())), tuple(tokenizer.specials()), name)
+    template = ChatTemplate(source, tuple(sorted(names.items())), tuple(tokenizer.specials()), name, tool_use)
+    _check_control_texts(template, tokenizer, files)
+    return template
+
+
+def _check_control_texts(template: ChatTemplate, tokenizer: Tokenizer, files: TokenizerFiles) -> None:
+    """Raises ConfigError for a special text that the template writes and the tokenizer does not read as one token.
+
+    These are the tokens that the tokenizer's files name, and what looks like a token in two example dialogues. Names of
+    roles are none: several models spell their turns in plain text (<|user|>).
+    """
+    for key, named in files.names.items():
+        if tokenizer.piece_id(named.text) is None and re.search(rf"\b{key}\b", template.source + template.tool_use):
+            raise ConfigError(f"{template.name}: it writes {key}, {named.text!r} in {named.path}, which the vocabulary lacks")
+    for _, token, path in files.added:
+        if tokenizer.piece_id(token.content) is None and token.content in template.source + template.tool_use:
+            raise ConfigError(
+                f"{template.name}: it writes {token.content!r}, which {path} names and the tokenizer in {tokenizer.folder} "
+                "does not have; save the tokenizer with a tokenizer.json"
+            )
+    try:
+        written = "".join(sandbox.call(_example_texts, template))
+    except sandbox.SandboxError as error:
+        raise ConfigError(f"{template.name}: it {error}") from error
+    for text in dict.fromkeys(CONTROL_TEXT.findall(written)):
+        if text not in ROLE_TEXTS and len(tokenizer.encode_chat(text, before="a")[0]) != 1:
+            raise ConfigError(
+                f"{template.name}: it writes {text!r}, which is no token of the tokenizer in {tokenizer.folder}; take the "
+                "tokenizer that the template was made for, or another template (data.chat_template)"
+            )
+
+
+def _example_texts(template: ChatTemplate) -> list[str]:
+    """A dialogue as the template writes it, with and without a system turn; without those that it refuses."""
+    user = {"role": "user", "content": "Hello"}
+    turns = [user, {"role": "assistant", "content": "Good day"}, user]
+    texts = []
+    for messages in (turns, [{"role": "system", "content": "Be kind."}, *turns]):
+        try:
+            texts.append(template.render(messages, add_generation_prompt=True))
+        except TemplateError:
+            continue  # one that takes other dialogues alone: rows will say so
+    return texts
 
 
 def stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
@@ -432,10 +601,10 @@ def _stop_ids(both: tuple[Tokenizer, ChatTemplate | None]) -> tuple[int, ...]:
         found += own if isinstance(own, list) else [own] if isinstance(own, int) else []
     if template is not None:
         try:
-            words = template.split([{"role": "user", "content": "Hello"}], {"role": "assistant", "content": "Good day"})
+            (words,) = template.split([{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "Good day"}])
         except TemplateError:
             return tuple(dict.fromkeys(found))  # one that takes other dialogues alone, or cannot be split: rows will say so
-        ids, spans = tokenizer.encode_chat(words.response, continuation=True)
+        ids, spans = tokenizer.encode_chat(words.response, before=words.prompt, spans=True)
         special, end = set(tokenizer.specials().values()), words.content[1] if words.content else 0
         found += [i for i, (start, _) in zip(ids, spans, strict=True) if i in special and start >= end][:1]
     return tuple(dict.fromkeys(found))
@@ -454,24 +623,90 @@ class Cut(NamedTuple):
     prompt: int
     responses: tuple[int, ...]
     dropped: tuple[str, ...]  # the reason of each pair that was left out while others of its group stay
+    turns: int = 0  # messages of a dialogue that were left out whole
 
 
-def prompt_ids(
-    prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int, *, chat: bool = False
-) -> tuple[list[int], int]:
+def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
     """The prompt's ids and how many were cut: from the left, BOS kept."""
     if not isinstance(prompt, str):
         return list(prompt), 0  # ready ids are used as they are
     assert tokenizer is not None
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    if chat:
-        ids, _ = tokenizer.encode_chat(prompt, continuation=False)
-        first = first if ids[:1] == first else []
-        ids = ids[len(first) :]
-    else:
-        ids = tokenizer.encode_prompt(prompt)
+    ids = tokenizer.encode_prompt(prompt)
     cut = max(0, len(first) + len(ids) - limit)
     return first + ids[cut:], cut
+
+
+class Fitted(NamedTuple):
+    """A dialogue's prompt within its limit."""
+
+    ids: list[int]
+    group: Group  # written anew where messages were cut
+    cut: int  # tokens that the prompt lost
+    turns: int  # messages that were left out whole
+
+
+def chat_prompt(group: Group, tokenizer: Tokenizer, limit: int) -> Fitted:
+    """The ids of a dialogue's prompt, cut where it is too long so that the template around it stays whole.
+
+    The oldest turns after the system's go first, each from a user's message up to the next; then the start of the content
+    of the first message that is left.
+
+    Raises: DataError if what cannot be cut is longer than the limit: the template's own text, tools and system messages.
+    """
+    assert isinstance(group.prompt, str) and group.dialogue is not None
+    ids, _ = tokenizer.encode_chat(group.prompt)
+    if len(ids) <= limit:
+        return Fitted(ids, group, 0, 0)
+    messages = list(group.dialogue.messages)
+    head = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
+    users = [i for i in range(head, len(messages)) if messages[i]["role"] == "user"]
+
+    def rewrite(rest: Sequence[Message]) -> tuple[list[int], Group]:
+        written = rewrite_group(group, [*messages[:head], *rest])
+        return tokenizer.encode_chat(str(written.prompt))[0], written
+
+    starts = [i for i in users if i > head]  # where the first turn that stays may start
+    written = group
+    rest, low, high = messages[head:], 0, len(starts)
+    while low < high:  # the fewest turns that must go; the last one stays
+        middle = (low + high) // 2
+        shorter, candidate = rewrite(messages[starts[middle] :])
+        if len(shorter) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    if starts:
+        rest = messages[starts[min(low, len(starts) - 1)] :]
+        shorter, written = rewrite(rest)
+    else:
+        shorter = ids
+    turns = len(messages) - head - len(rest)
+    if len(shorter) > limit:
+        shorter, written = _cut_content(rest, rewrite, tokenizer, len(shorter) - limit, limit)
+    return Fitted(shorter, written, len(ids) - len(shorter), turns)
+
+
+def _cut_content(rest: Sequence[Message], rewrite, tokenizer: Tokenizer, over: int, limit: int):
+    """The prompt without the start of its contents, `over` tokens or as many more as it takes; some of the last one stays."""
+    rest = list(rest)
+    for place, message in enumerate(rest):
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            continue
+        ids, spans = tokenizer.encode_chat(content, before="a", spans=True)
+        while over < len(ids):
+            rest[place] = {**message, "content": content[spans[over][0] :].lstrip()}
+            shorter, written = rewrite(rest)
+            if len(shorter) <= limit:
+                return shorter, written
+            over += len(shorter) - limit
+        rest[place] = {**message, "content": ""}
+        over -= len(ids)
+    raise DataError(
+        f"the prompt is longer than {limit} tokens, also without the contents of its turns: its system text, its tools "
+        "and the template cannot be cut; raise data.max_prompt_tokens, or leave the row out"
+    )
 
 
 def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
@@ -484,13 +719,18 @@ def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, lim
 
 
 def chat_response_ids(
-    response: str, content: tuple[int, int] | None, tokenizer: Tokenizer, limit: int, *, after: int
-) -> tuple[list[int], int, np.ndarray]:
-    """As `response_ids`, of a chat template's text after the token `after`, with which tokens are the message's own words."""
-    ids, spans = tokenizer.encode_chat(response, continuation=after not in tokenizer.specials().values())
-    start, stop = content or (0, len(response))
-    own = np.asarray([a < stop and b > start for a, b in spans], bool)
-    return ids[:limit], max(0, len(ids) - limit), own[:limit]
+    response: str, content: tuple[int, int] | None, tokenizer: Tokenizer, limit: int, *, before: str, mask: bool
+) -> tuple[list[int], int, np.ndarray | None]:
+    """As `response_ids`, of a chat template's text after the text `before`.
+
+    With `mask` also which tokens are the message's own words.
+    """
+    ids, spans = tokenizer.encode_chat(response, before=before, spans=mask)
+    own = None
+    if mask:
+        start, stop = content or (0, len(response))
+        own = np.asarray([a < stop and b > start for a, b in spans], bool)[:limit]
+    return ids[:limit], max(0, len(ids) - limit), own
 
 
 def mask_ids(names: str, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -533,17 +773,21 @@ def tokenize(
     Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from; DataError where
       the words of a message are to be told from what a template adds, and it changed them.
     """
-    prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt, chat=group.contents is not None)
+    turns = 0
     if group.contents is None:
+        prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt)
         responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
     else:
         assert tokenizer is not None
-        if mask_template and None in group.contents:
+        prompt, group, prompt_cut, turns = chat_prompt(group, tokenizer, limits.prompt)
+        if mask_template and None in (group.contents or ()):
             raise DataError(
-                "data.mask_template: the chat template changes the words of a message, so that they cannot be told from its own"
+                "data.mask_template: the words of a message cannot be told from the chat template's own: it changes them, or "
+                "writes other fields than the content"
             )
-        texts, after = zip(map(str, group.responses), group.contents, strict=True), prompt[-1]
-        found = [chat_response_ids(r, c, tokenizer, limits.response, after=after) for r, c in texts]
+        texts = zip(map(str, group.responses), group.contents or (), strict=True)
+        options = dict(before=str(group.prompt), mask=mask_template)
+        found = [chat_response_ids(text, content, tokenizer, limits.response, **options) for text, content in texts]
         responses, cuts, own = zip(*found, strict=True)
         if mask_template:
             group = group._replace(masks=tuple(tuple(o.tolist()) for o in own))
@@ -556,5 +800,5 @@ def tokenize(
     sound = keep_sound(scored, group.pairs, had_pairs=bool(group.pairs))
     arrays = tuple(arrays[i] for i in sound.kept)
     counted = None if counted is None else tuple(counted[i] for i in sound.kept)
-    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons)
+    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons, turns)
     return TokenGroup(np.asarray(prompt, np.int32), arrays, sound.pairs, row, counted=counted), cut

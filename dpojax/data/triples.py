@@ -4,8 +4,9 @@ Shapes of rows, told apart by their columns:
 
   explicit     prompt, chosen, rejected                       strings
   transcripts  chosen, rejected                               whole "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
-  messages     chosen, rejected [, prompt]                    lists of {role, content}; by data.prompt_template, else by the
-                                                              tokenizer's chat template [, tools]
+  messages     chosen, rejected [, prompt]                    lists of {role, content, ...}; by data.prompt_template, else by
+                                                              the tokenizer's chat template [, tools, documents,
+                                                              chat_template_kwargs]
   ranked       prompt, responses, scores | ranks              K responses; pairs of every two that differ
   token ids    prompt_ids, chosen_ids, rejected_ids           used as they are; chosen_mask, rejected_mask: 0 at
                                                               formatting tokens
@@ -16,16 +17,16 @@ Optional with a pair: weight, soft_label, and score_chosen with score_rejected (
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dpojax.data.chat import ChatTemplate, TemplateError
+from dpojax.data.chat import REASONING, ChatTemplate, Context, Message, TemplateError, without_nulls
 from dpojax.data.groups import TokenPair
 from dpojax.data.records import Row
 from dpojax.errors import ConfigError, DataError
+from dpojax.plain_data import parse_json
 
 # Reasons to drop a pair; each is counted, and the audit shows examples.
 DROPPED = {
@@ -49,6 +50,14 @@ class Dropped(Exception):  # noqa: N818  # not an error: a verdict
         self.reason = reason
 
 
+class Dialogue(NamedTuple):
+    """What a chat template wrote a prompt from, so that a shorter one can be written."""
+
+    chat: ChatTemplate
+    messages: tuple[Message, ...]
+    context: Context
+
+
 class Group(NamedTuple):
     """One prompt, its distinct responses, and the preferences between them."""
 
@@ -59,6 +68,22 @@ class Group(NamedTuple):
     masks: tuple[tuple[int, ...], ...] | None = None  # of each response's ids: 0 at formatting tokens
     # By a chat template: where the message's own words stand in each response. The texts hold all special tokens themselves.
     contents: tuple[tuple[int, int] | None, ...] | None = None
+    answers: tuple[Message, ...] | None = None  # the message of each response
+    dialogue: Dialogue | None = None
+
+    def pick(self, places: Sequence[int]) -> "Group":
+        """The responses at `places` with all that belongs to them, without pairs."""
+
+        def chosen(values):
+            return None if values is None else tuple(values[i] for i in places)
+
+        return self._replace(
+            responses=chosen(self.responses) or (),
+            pairs=(),
+            masks=chosen(self.masks),
+            contents=chosen(self.contents),
+            answers=chosen(self.answers),
+        )
 
 
 class Sound(NamedTuple):
@@ -118,9 +143,7 @@ class RowReader:
         if self.kind == "unpaired" and group.pairs:
             group = _unpair(group, where)
         elif self.kind == "score":  # equal responses are scored once, and tie
-            first = [group.responses.index(r) for r in dict.fromkeys(group.responses)]
-            pick = lambda values: None if values is None else tuple(values[i] for i in first)
-            group = Group(group.prompt, pick(group.responses) or (), (), (), pick(group.masks), pick(group.contents))
+            group = group.pick([group.responses.index(r) for r in dict.fromkeys(group.responses)])._replace(dropped=())
             if any(not (r.strip() if isinstance(r, str) else r) for r in group.responses):
                 raise Dropped("empty_response")
         elif self.kind != "pairs" and not group.pairs:
@@ -133,14 +156,11 @@ class RowReader:
         elif not group.prompt:
             raise Dropped("empty_prompt")
         sound = keep_sound(group.responses, group.pairs, had_pairs=bool(group.pairs))
-        kept = lambda values: None if values is None else tuple(values[i] for i in sound.kept)
-        reasons, masks, contents = group.dropped + sound.reasons, kept(group.masks), kept(group.contents)
-        group = Group(group.prompt, sound.responses, sound.pairs, reasons, masks, contents)
+        group = group.pick(sound.kept)._replace(pairs=sound.pairs, dropped=group.dropped + sound.reasons)
         if self.kind == "sft" and group.pairs:
             never_rejected = {p.chosen for p in group.pairs} - {p.rejected for p in group.pairs}
             best = min(never_rejected or {group.pairs[0].chosen})
-            own = None if group.contents is None else (group.contents[best],)
-            return Group(group.prompt, (group.responses[best],), (), contents=own)
+            return group.pick([best])._replace(masks=None, dropped=())
         return group
 
 
@@ -322,15 +342,65 @@ def _split_transcript(text: str, where: str) -> tuple[str, str]:
     return text[: last.end()], text[last.end() :]
 
 
-def _messages(value: Any, key: str, where: str) -> list[tuple[str, str]]:
+def read_messages(value: Any, key: str, where: str) -> list[Message]:
+    """The messages of a column, whole; a null is an absent key. Raises DataError naming the column and what is wrong."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of {{role, content}}")
     messages = []
     for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: column {key!r} holds {message!r:.60}; a message is {{role, content}} of strings")
-        messages.append((message["role"], message["content"]))
+        message = without_nulls(message)
+        content = message.get("content", "")
+        parts = content if isinstance(content, list) else []
+        if not isinstance(content, str | list) or not all(isinstance(part, dict) for part in parts):
+            raise DataError(
+                f"{where}: column {key!r}: the content of a message is {content!r:.60}; it must be text, null, or a list "
+                "of parts"
+            )
+        messages.append(message)
     return messages
+
+
+def read_context(row: Row, where: str) -> Context:
+    """What a chat template sees of a row beside its messages. Raises DataError naming the column that is wrong."""
+    return Context(
+        tools=_objects(row, "tools", where),
+        documents=_objects(row, "documents", where),
+        options=_options(row, where),
+    )
+
+
+def _from_json(row: Row, key: str, where: str) -> Any:
+    value = row.get(key)
+    try:
+        return without_nulls(parse_json(value, shape=None) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise DataError(f"{where}: column {key!r} is {value!r:.60}, not JSON: {error}") from error
+
+
+def _objects(row: Row, key: str, where: str) -> Any:
+    """A column that is a list of objects, or the same as JSON text."""
+    value = _from_json(row, key, where)
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of objects, or the same as JSON text")
+    return value
+
+
+def _options(row: Row, where: str) -> Any:
+    """The column chat_template_kwargs: variables of the template by name."""
+    value = _from_json(row, "chat_template_kwargs", where)
+    if value is not None and not isinstance(value, dict):
+        raise DataError(f"{where}: column 'chat_template_kwargs' is {value!r:.60}; it must be an object")
+    return value or None
+
+
+def write_prompt(messages: Sequence[Message], row: Row, chat: ChatTemplate, where: str) -> Group:
+    """A dialogue that waits for its answer, as the chat template writes it: a group without responses.
+
+    Raises: Dropped for a dialogue that spells a special token; DataError where the template refuses it.
+    """
+    return _by_template(chat, messages, [], row, where)
 
 
 def _require_template(where: str, template: str, chat: ChatTemplate | None) -> None:
@@ -344,61 +414,101 @@ def _require_template(where: str, template: str, chat: ChatTemplate | None) -> N
 def _from_completion(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
     """A dialogue in 'prompt' and its answer, an assistant's message, in 'completion': no pair."""
     _require_template(where, template, chat)
-    before, answer = _messages(row.get("prompt"), "prompt", where), _messages(row["completion"], "completion", where)
-    if len(answer) != 1 or answer[0][0] != "assistant" or before[-1][0] == "assistant":
+    before = read_messages(row.get("prompt"), "prompt", where)
+    answer = read_messages(row["completion"], "completion", where)
+    if len(answer) != 1 or answer[0]["role"] != "assistant" or before[-1]["role"] == "assistant":
         raise Dropped("role_order")
     if template:
-        return Group(_as_text(before), (answer[0][1],), ())
+        return _by_prompt_template(before, answer, row, where)
     assert chat is not None
-    return _by_template(chat, before, answer, row, where)._replace(pairs=())
+    return _by_template(chat, before, answer, row, where)
 
 
-def _as_text(before: Sequence[tuple[str, str]]) -> str:
-    """A dialogue for a prompt template: one message as it is; of several turns it must stay visible who says what."""
-    if len(before) == 1:
-        return before[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in before)
+def _by_prompt_template(before: Sequence[Message], answers: Sequence[Message], row: Row, where: str) -> Group:
+    """For a prompt template: one message as it is; of several turns it must stay visible who says what.
+
+    Raises: DataError for a field that only a chat template can write.
+    """
+    for message in (*before, *answers):
+        for field in ("tool_calls", "function_call", *REASONING):
+            if message.get(field):
+                raise DataError(_needs_chat(where, f"a message holds {field!r}"))
+        if not isinstance(message.get("content", ""), str):
+            raise DataError(_needs_chat(where, "the 'content' of a message is a list"))
+    for field, value in read_context(row, where)._asdict().items():
+        if value and field != "options":
+            raise DataError(_needs_chat(where, f"the row holds {field!r}"))
+    texts = [message.get("content", "") for message in before]
+    if len(before) > 1:
+        named = zip(before, texts, strict=True)
+        texts = [f"{message['role'].capitalize()}: {text}" for message, text in named]
+    return Group("\n\n".join(texts), tuple(answer.get("content", "") for answer in answers), ())
+
+
+def _needs_chat(where: str, what: str) -> str:
+    return (
+        f"{where}: {what}, and data.prompt_template writes no more than roles and contents; leave it out, or write the "
+        "rows by a chat template (data.chat_template)"
+    )
 
 
 def _from_messages(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
     """Message lists, split before the last message; its sender must be the assistant."""
     _require_template(where, template, chat)
-    sides = [_messages(row[key], key, where) for key in ("chosen", "rejected")]
+    sides = [read_messages(row[key], key, where) for key in ("chosen", "rejected")]
     if isinstance(row.get("prompt"), list):
         # The prompt is apart: the responses hold the answer only, or the whole dialogue again.
-        prompt = _messages(row["prompt"], "prompt", where)
+        prompt = read_messages(row["prompt"], "prompt", where)
         sides = [side if side[: len(prompt)] == prompt else prompt + side for side in sides]
     if sides[0][:-1] != sides[1][:-1]:
         raise Dropped("prompt_mismatch")
-    *before, (role, _) = sides[0]
-    if role != "assistant" or sides[1][-1][0] != "assistant" or not before or before[-1][0] == "assistant":
+    before, answers = sides[0][:-1], [side[-1] for side in sides]
+    if any(answer["role"] != "assistant" for answer in answers) or not before or before[-1]["role"] == "assistant":
         raise Dropped("role_order")
-    if not template:
+    if template:
+        group = _by_prompt_template(before, answers, row, where)
+    else:
         assert chat is not None
-        return _by_template(chat, [*before], [sides[0][-1], sides[1][-1]], row, where)
-    return Group(_as_text(before), (sides[0][-1][1], sides[1][-1][1]), (_pair(row, where),))
+        group = _by_template(chat, before, answers, row, where)
+    return group._replace(pairs=(_pair(row, where),))
 
 
-def read_tools(row: Row, where: str) -> Any:
-    """The column tools: a list, or the same as JSON text."""
-    tools = row.get("tools")
-    try:
-        return json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise DataError(f"{where}: column 'tools' is {tools!r:.60}, not JSON: {error}") from error
-
-
-def _by_template(chat: ChatTemplate, before, answers, row: Row, where: str) -> Group:
-    """The prompt and the two responses as the chat template writes them."""
-    message = lambda role, content: {"role": role, "content": content}
-    prompt, tools = [message(*m) for m in before], read_tools(row, where)
-    if chat.forged([*prompt, *(message(*a) for a in answers)], tools) is not None:
+def _by_template(chat: ChatTemplate, before: Sequence[Message], answers: Sequence[Message], row: Row, where: str) -> Group:
+    """The prompt and its answers as the chat template writes them, without pairs."""
+    context = read_context(row, where)
+    if chat.forged([*before, *answers], context) is not None:
         raise Dropped("special_token")
-    if any(not content.strip() for _, content in answers):
-        raise Dropped("empty_response")
     try:
-        written = [chat.split(prompt, message(*a), tools=tools) for a in answers]
+        if answers:
+            written = chat.split(before, answers, context)
+            prompt = written[0].prompt
+        else:
+            written = []
+            prompt = chat.render(before, add_generation_prompt=True, context=context)
     except TemplateError as error:
         raise DataError(f"{where}: {chat.name}: {error}") from error
-    responses, contents = tuple(w.response for w in written), tuple(w.content for w in written)
-    return Group(written[0].prompt, responses, (_pair(row, where),), contents=contents)
+    # An answer for which the template writes what it writes for no words is empty, whatever its fields hold.
+    responses = tuple("" if w.empty else w.response for w in written)
+    dialogue = Dialogue(chat, tuple(before), context)
+    contents = tuple(w.content for w in written)
+    return Group(prompt, responses, (), contents=contents, answers=tuple(answers), dialogue=dialogue)
+
+
+def rewrite_group(group: Group, messages: Sequence[Message]) -> Group:
+    """The group of a dialogue with other messages before the same answers.
+
+    Raises: DataError where the template refuses them.
+    """
+    assert group.dialogue is not None and group.answers is not None
+    chat, _, context = group.dialogue
+    try:
+        written = chat.split(messages, group.answers, context)
+        prompt = written[0].prompt if written else chat.render(messages, add_generation_prompt=True, context=context)
+    except TemplateError as error:
+        raise DataError(f"{chat.name}: a prompt that is too long cannot be cut: {error}") from error
+    return group._replace(
+        prompt=prompt,
+        responses=tuple(w.response for w in written),
+        contents=tuple(w.content for w in written),
+        dialogue=Dialogue(chat, tuple(messages), context),
+    )
