@@ -10,6 +10,7 @@ Hardware: 64 v5p chips, or 256 v6e chips. The plan predicts memory and time; no 
 from ml_collections import ConfigDict
 
 from configs import llama3_8b
+from dpojax.flags import did_you_mean
 
 BATCH = {"": 256, "v6e": 896}
 
@@ -17,7 +18,7 @@ BATCH = {"": 256, "v6e": 896}
 def get_config(arg: str = "") -> ConfigDict:
     """The settings; `arg` is "" (v5p) or "v6e"."""
     if arg not in BATCH:
-        raise ValueError(f"unknown argument {arg!r}; it is v6e or nothing (v5p)")
+        raise ValueError(f"unknown argument {arg!r}; it is v6e or nothing (v5p){did_you_mean(arg, ('v6e',))}")
     c = llama3_8b.get_config()
     c.batch_size = BATCH[arg]
     c.model.shape = str(llama3_8b.SHAPES / "llama3_70b.json")

@@ -13,6 +13,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from configs import recipes
+from dpojax.flags import did_you_mean
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"  # config.json files of published models
 BATCH = {"": 1024, "v6e": 448, "v5p": 128}
@@ -21,7 +22,7 @@ BATCH = {"": 1024, "v6e": 448, "v5p": 128}
 def get_config(arg: str = "") -> ConfigDict:
     """The settings; `arg` is "", "v6e" or "v5p"."""
     if arg not in BATCH:
-        raise ValueError(f"unknown argument {arg!r}; it is v6e, v5p or nothing (v5e)")
+        raise ValueError(f"unknown argument {arg!r}; it is v6e, v5p or nothing (v5e){did_you_mean(arg, ('v6e', 'v5p'))}")
     c = recipes.get_config("zephyr")
     c.batch_size = BATCH[arg]
     c.model.shape = str(SHAPES / "llama3_8b.json")

@@ -17,6 +17,7 @@ time and the results depend on them and on the model, and were not measured.
 from ml_collections import ConfigDict
 
 from configs import tldr
+from dpojax.flags import did_you_mean
 
 NAMES = ("zephyr", "llama3", "tulu3", "simpo", "orpo")
 
@@ -24,7 +25,7 @@ NAMES = ("zephyr", "llama3", "tulu3", "simpo", "orpo")
 def get_config(arg: str = "") -> ConfigDict:
     """The settings of the recipe `arg`."""
     if arg not in NAMES:
-        raise ValueError(f"unknown recipe {arg!r}; it is one of {', '.join(NAMES)}")
+        raise ValueError(f"unknown recipe {arg!r}; it is one of {', '.join(NAMES)}{did_you_mean(arg, NAMES)}")
     c = tldr.get_config("paper")
     c.data.max_prompt_tokens = 1024
     c.data.max_response_tokens = 1024

@@ -17,11 +17,13 @@ Every other config starts from this file; each setting is explained here.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dpojax.flags import did_you_mean
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The run's settings; `arg` is "" (embedded default) or "paper"."""
     if arg not in ("", "paper"):
-        raise ValueError(f"unknown argument {arg!r}; it is 'paper' or nothing")
+        raise ValueError(f"unknown argument {arg!r}; it is 'paper' or nothing{did_you_mean(arg, ('paper',))}")
     config = default()
     if arg == "paper":
         paper(config)

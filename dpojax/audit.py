@@ -4,7 +4,6 @@ python -m dpojax.audit --data=FILE --tokenizer=PATH [--prompt_template=...] [--m
     [--max_response_tokens=128] [--unpaired] [--show=2] [--color=auto|always|never]
 """
 
-import argparse
 import collections
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dpojax.data.records import open_records
 from dpojax.data.tokens import Limits, chat_template, load_tokenizer
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import DataError, DpojaxError
+from dpojax.flags import Parser
 from dpojax.metrics import Progress
 from dpojax.winrate import wilson
 
@@ -171,9 +171,7 @@ def show_group(group: TokenGroup, tokenizer: Any, *, color: bool) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dpojax.audit", description="Reports what is wrong with a preference dataset."
-    )
+    parser = Parser(prog="python -m dpojax.audit", description="Reports what is wrong with a preference dataset.")
     parser.add_argument("--data", required=True, help="file of preferences, or hf:NAME[:SPLIT]")
     parser.add_argument("--tokenizer", default="", help="sentencepiece .model, tokenizer.json, or a folder with one")
     parser.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")

@@ -5,6 +5,7 @@ keys as plain data and executes nothing. No hyper-parameter has a default here; 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -17,6 +18,8 @@ from typing import Any
 import ml_collections
 
 from dpojax.errors import ConfigError
+from dpojax.flags import did_you_mean, nearest_setting
+from dpojax.losses import F_DIVERGENCES
 from dpojax.objectives import Loss, make_loss
 
 LOGICAL_AXES = (
@@ -31,6 +34,26 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "adafactor": {},  # Shazeer & Stern 2018
     "lion": {"b1": 0.9, "b2": 0.99},  # Chen et al. 2023
 }
+SCHEDULES = ("constant", "linear", "cosine")
+# What a setting may be, where that is a list; --help shows it.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.layout": ("auto", "shared", "slots", "separate"),
+    "data.on_bad_line": ("error", "skip"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn", "splash", "full"),
+    "model.remat": ("none", "dots", "attention", "full", "dots_offload", "full_offload"),
+    "reference.mode": ("auto", "live", "cached", "adapter", "none"),
+    "reference.dtype": STORED,
+    "reference.memory": ("device", "pinned_host"),
+    "lora.base_dtype": STORED,
+    "optim.name": tuple(OPTIMIZERS),
+    "optim.schedule": SCHEDULES,
+    "sft.schedule": SCHEDULES,
+    "self_check": ("auto", "full", "off"),
+    "loss.f_divergence": tuple(F_DIVERGENCES),
+    "loss.sft_normalize": ("token", "pair"),
+}
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (
     *REQUIRED_SIZES,
@@ -44,18 +67,18 @@ class DataConfig:
     """Where preferences come from, and how they become rows."""
 
     train: str  # file, hub dataset, or "" for the embedded world
-    eval: str
+    eval: str  # file of held-out pairs
     seed: int  # of its order, flipped labels and the embedded world; -1 = the run's seed
-    shuffle: bool
+    shuffle: bool  # False keeps the file's order
     flip_labels: float  # share of training pairs whose labels are swapped, for noise ablations
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
     max_prompt_tokens: int  # BOS included; prompts are cut from the left
     max_response_tokens: int  # EOS included; responses are cut from the right
-    layout: str  # auto, shared, slots or separate
+    layout: str  # of rows: prompts once and packed (shared), by parts of a row (slots; TPU), one response a row (separate, the oracle)
     row_tokens: int  # 0 = derived from the data
     micro_batch_tokens: int  # tokens of a micro-batch on each data shard
     eval_max_pairs: int  # 0 = all
-    on_bad_line: str  # error or skip
+    on_bad_line: str  # what a line that cannot be read does: end the run, or be left out, up to max_bad_share
     max_bad_share: float  # with skip: more than this share of bad lines is an error after all
     chat_template: str  # .jinja file for message lists; "" = the tokenizer's own, where there is no prompt_template
     mask_template: bool  # what a chat template puts around an answer counts in no log-prob of the preference stage
@@ -68,30 +91,30 @@ class ModelSection:
     """The policy: where it comes from and how it is computed; sizes for random weights only."""
 
     init: str  # Hugging Face directory, dpojax checkpoint folder, or "" for random weights
-    dtype: str
-    param_dtype: str
-    attention: str
-    remat: str
-    logps_chunk_tokens: int
+    dtype: str  # of the computation; bfloat16 on accelerators
+    param_dtype: str  # of the stored parameters; bfloat16 ones lose updates at small learning rates
+    attention: str  # splash on TPUs, cudnn on NVIDIA GPUs where it can, xla elsewhere; full is the oracle
+    remat: str  # what is kept for the backward pass: matrix products (dots), attention, a layer's input (full)
+    logps_chunk_tokens: int  # logits exist for this many tokens at a time
     router_loss_weight: float  # of the load-balancing loss of a mixture of experts; 0 = none
     ignore_fields: str  # comma-separated fields of config.json that are known not to matter
     shape: str  # a config.json, or its folder: the model of random weights, in place of the sizes below
-    hidden_size: int | None
-    intermediate_size: int | None
-    num_layers: int | None
-    num_heads: int | None
-    num_kv_heads: int | None
-    head_dim: int | None
-    norm: str | None
-    norm_eps: float | None
-    mlp: str | None
-    activation: str | None
-    rope_theta: float | None
-    tie_embeddings: bool | None
-    attention_bias: bool | None
-    mlp_bias: bool | None
-    max_positions: int | None
-    init_std: float | None
+    hidden_size: int | None  # D, the width of the hidden states
+    intermediate_size: int | None  # F, of the MLP
+    num_layers: int | None  # N, how many
+    num_heads: int | None  # H, query heads
+    num_kv_heads: int | None  # K, which divides num_heads
+    head_dim: int | None  # E, the width of a head
+    norm: str | None  # rms, layer
+    norm_eps: float | None  # added to a variance before its root
+    mlp: str | None  # gated or plain
+    activation: str | None  # of the MLP, as config.json names it: silu, gelu
+    rope_theta: float | None  # base of the rotary positions
+    tie_embeddings: bool | None  # the head is the embedding
+    attention_bias: bool | None  # of q, k, v and o
+    mlp_bias: bool | None  # of the MLP's maps
+    max_positions: int | None  # the longest sequence
+    init_std: float | None  # of the normal draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +122,12 @@ class SftConfig:
     """The supervised stage before DPO; num_steps 0 skips it. In a validated Config num_steps is at least 0."""
 
     num_steps: int  # -1: steps_from_random where model.init is "", none where it brings weights
-    steps_from_random: int
+    steps_from_random: int  # what -1 means for random weights
     data: str  # "" = the chosen responses of data.train (the embedded world has demonstrations of its own)
     batch_size: int  # prompts
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
+    learning_rate: float  # at its peak
+    schedule: str  # of the rate after warmup; linear and cosine end at 0
+    warmup_steps: int  # over which the rate rises to its peak
     b2: float | None  # in place of optim.b2, where the optimizer has one
 
 
@@ -112,21 +135,21 @@ class SftConfig:
 class LossConfig:
     """The objective and its settings; None = unset. One that the objective does not take is an error."""
 
-    name: str
+    name: str  # an objective, a sum like 0.8*sigmoid+0.2*bco_pair, or your own module:function
     beta: float | None  # strength of the pull to the reference; IPO's tau, RSO's gamma
-    label_smoothing: float | None
+    label_smoothing: float | None  # share of labels that are taken to be wrong
     average: bool | None  # ipo: log-ratios per token
     tau: float | None  # discopop; tr_*: steps between two moves of the reference
     gamma: float | None  # simpo
     alpha: float | None  # r_dpo, odpo, tdpo2, ld_dpo, cpo, tr_*
-    dpop_lambda: float | None
-    orpo_lambda: float | None
+    dpop_lambda: float | None  # dpop: weight of the penalty on a chosen response that falls
+    orpo_lambda: float | None  # orpo: weight of the odds ratio
     desirable_weight: float | None  # kto
-    undesirable_weight: float | None
+    undesirable_weight: float | None  # kto
     f_divergence: str | None  # reverse_kl, forward_kl, js, alpha
-    f_alpha: float | None
-    sft_weight: float | None
-    sft_normalize: str | None  # token or pair
+    f_alpha: float | None  # of the alpha divergence
+    sft_weight: float | None  # of the chosen response's negative log-likelihood, added
+    sft_normalize: str | None  # whether the SFT term is a mean over tokens or over pairs
     extra: dict[str, float]  # settings of a user's own function that are not above
 
     def make(self) -> Loss:
@@ -160,15 +183,15 @@ class ReferenceConfig:
 class OptimConfig:
     """The optimizer; b1, b2 and eps None = as published (OPTIMIZERS)."""
 
-    name: str
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    weight_decay: float
+    name: str  # of the optimizer
+    learning_rate: float  # at its peak
+    schedule: str  # of the rate after warmup; linear and cosine end at 0
+    warmup_steps: int  # over which the rate rises to its peak
+    weight_decay: float  # not on norms and biases
     clip_norm: float  # inf = no clipping
-    b1: float | None
-    b2: float | None
-    eps: float | None
+    b1: float | None  # first moment's decay
+    b2: float | None  # second moment's decay
+    eps: float | None  # added to the second moment's root
     spike_factor: float  # a loss over this many times its running average is a spike: named and warned of
     skip_spikes: bool  # True: a spike is also skipped, like a step that is not finite
 
@@ -177,12 +200,12 @@ class OptimConfig:
 class MeshConfig:
     """Sizes of the mesh axes (-1 = what is left), and which logical axis goes to which."""
 
-    data: int
-    fsdp: int
+    data: int  # devices that share a step's rows; -1: what is left
+    fsdp: int  # devices that share rows and parameters
     sequence: int  # devices that share each row's tokens; attention exchanges them for heads
-    tensor: int
+    tensor: int  # devices that share each layer
     num_slices: int  # groups of devices with a fast network inside; the data axis alone crosses them. 0: as TPUs say
-    rules: dict[str, str]
+    rules: dict[str, str]  # logical axis -> mesh axis, or several, outermost first (fsdp,sequence); '' keeps it whole
 
 
 CHANGEABLE = ("data", "tokenizer", "model", "dtype", "reference", "layout", "loss", "seed", "batch", "sft", "init", "lora")
@@ -192,7 +215,7 @@ CHANGEABLE = ("data", "tokenizer", "model", "dtype", "reference", "layout", "los
 class CheckpointConfig:
     """What is kept, and what a resumed run may change."""
 
-    keep: int
+    keep: int  # how many of the newest stay
     restore_step: int  # -1 = the newest
     allow_changed: str  # comma-separated names of CHANGEABLE
 
@@ -207,8 +230,8 @@ class SampleConfig:
 
     num_prompts: int  # 0 = none
     kl_prompts: int  # of these, that every evaluation samples for the on-policy KL; 0 = none
-    max_new_tokens: int
-    batch_size: int
+    max_new_tokens: int  # of a response
+    batch_size: int  # prompts at a time
     temperature: float  # 0 = greedy
     top_k: int  # 0 = off
     top_p: float  # 1 = off
@@ -219,16 +242,16 @@ class SampleConfig:
 class Config:
     """A whole run."""
 
-    seed: int
+    seed: int  # of weights, order and samples
     batch_size: int  # pairs per step
     batch_groups: int  # groups per step, where the number of pairs per group varies; else 0
-    num_steps: int
-    log_every_steps: int
-    eval_every_steps: int
-    checkpoint_every_steps: int
+    num_steps: int  # of the preference stage
+    log_every_steps: int  # in metrics.jsonl and on the terminal
+    eval_every_steps: int  # on the held-out pairs
+    checkpoint_every_steps: int  # and after the last step
     tokenizer: str  # .model, tokenizer.json or its folder; "" = model.init's own, or the embedded world's
-    self_check: str  # auto, full or off
-    export: bool
+    self_check: str  # of loss and log-probs before the first step; auto skips it above 1B parameters
+    export: bool  # True writes WORKDIR/export, a Hugging Face directory
     data: DataConfig
     model: ModelSection
     sft: SftConfig
@@ -293,7 +316,8 @@ def _from_dict(cls, values: dict, prefix: str):
         raise ConfigError(f"{prefix} is {values!r}; it must be a section with the keys {', '.join(hints)}")
     for key in values:
         if key not in hints:
-            raise ConfigError(f"{dot}{key} is not a setting; {prefix or 'the config'} has {', '.join(hints)}")
+            near = nearest_setting(f"{dot}{key}", setting_kinds())
+            raise ConfigError(f"{dot}{key} is not a setting; {prefix or 'the config'} has {', '.join(hints)}{near}")
     for key in hints:
         if key not in values:
             raise ConfigError(f"{dot}{key} is missing; every config names it")
@@ -320,24 +344,10 @@ def _require(test: bool, field: str, value, must: str) -> None:
 
 def _validate(config: Config) -> None:
     """Everything that can be known before a device is touched."""
-    one_of = {
-        "data.layout": (config.data.layout, ("auto", "shared", "slots", "separate")),
-        "data.on_bad_line": (config.data.on_bad_line, ("error", "skip")),
-        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-        "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
-        "model.attention": (config.model.attention, ("auto", "xla", "cudnn", "splash", "full")),
-        "model.remat": (config.model.remat, ("none", "dots", "attention", "full", "dots_offload", "full_offload")),
-        "reference.mode": (config.reference.mode, ("auto", "live", "cached", "adapter", "none")),
-        "reference.dtype": (config.reference.dtype, STORED),
-        "reference.memory": (config.reference.memory, ("device", "pinned_host")),
-        "lora.base_dtype": (config.lora.base_dtype, STORED),
-        "optim.name": (config.optim.name, tuple(OPTIMIZERS)),
-        "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
-        "sft.schedule": (config.sft.schedule, ("constant", "linear", "cosine")),
-        "self_check": (config.self_check, ("auto", "full", "off")),
-    }
-    for field, (value, allowed) in one_of.items():
-        _require(value in allowed, field, value, f"one of {', '.join(map(repr, allowed))}")
+    for field, allowed in CHOICES.items():
+        value = functools.reduce(getattr, field.split("."), config)
+        near = did_you_mean(str(value), filter(None, allowed))
+        _require(value is None or value in allowed, field, value, f"one of {', '.join(map(repr, allowed))}{near}")
     at_least = {
         "seed": (config.seed, 0),
         "data.seed": (config.data.seed, -1),
@@ -378,16 +388,19 @@ def _validate(config: Config) -> None:
     _require(clip > 0, "optim.clip_norm", clip, "> 0 (inf for no clipping)")
     _require(config.optim.spike_factor > 1, "optim.spike_factor", config.optim.spike_factor, "> 1 (inf: no loss is a spike)")
     for name in config.checkpoint.allowed():
-        _require(name in CHANGEABLE, "checkpoint.allow_changed", name, f"names out of {', '.join(CHANGEABLE)}")
+        near = did_you_mean(name, CHANGEABLE)
+        _require(name in CHANGEABLE, "checkpoint.allow_changed", name, f"names out of {', '.join(CHANGEABLE)}{near}")
     _require(0 <= config.data.flip_labels <= 1, "data.flip_labels", config.data.flip_labels, "in [0, 1]")
     _require(0 <= config.data.max_bad_share <= 1, "data.max_bad_share", config.data.max_bad_share, "in [0, 1]")
     temperature, top_p = config.sample.temperature, config.sample.top_p
     _require(math.isfinite(temperature) and temperature >= 0, "sample.temperature", temperature, "finite and >= 0")
     _require(0 < top_p <= 1, "sample.top_p", top_p, "in (0, 1]")
     check_template(config.data.prompt_template)
-    for section in (config.mesh.rules, config.reference.rules):
-        for axis in section:
-            _require(axis in LOGICAL_AXES, "rules", axis, f"for one of the axes {', '.join(LOGICAL_AXES)}")
+    for section, rules in {"mesh": config.mesh.rules, "reference": config.reference.rules}.items():
+        for axis in rules:
+            near = did_you_mean(axis, LOGICAL_AXES)
+            must = f"a rule for one of the axes {', '.join(LOGICAL_AXES)}{near}"
+            _require(axis in LOGICAL_AXES, f"{section}.rules.{axis}", rules[axis], must)
     _validate_optimizer(config.optim)
     std = config.model.init_std
     _require(std is None or (math.isfinite(std) and std > 0), "model.init_std", std, "a finite number > 0")
@@ -509,7 +522,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
     path, _, argument = spec.partition(":")
     file = pathlib.Path(path)
     if "\0" in path or not file.is_file():
-        raise ConfigError(f"--config={spec!r}: there is no file {path!r}")
+        raise ConfigError(f"--config={spec!r}: there is no file {path!r}{_nearest_file(file)}")
     if file.suffix == ".json":
         try:
             values = json.loads(file.read_text())
@@ -534,22 +547,33 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
 
 
+def _nearest_file(file: pathlib.Path) -> str:
+    """The file beside a missing one that is spelt most like it."""
+    try:
+        beside = sorted(p.name for p in file.parent.iterdir() if p.suffix in (".py", ".json"))
+    except (OSError, ValueError):
+        return ""
+    near = did_you_mean(file.name, beside).removeprefix("; did you mean ")
+    return f"; did you mean {file.with_name(near.removesuffix('?'))}?" if near else ""
+
+
 def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> None:
     """Sets `values.key` from the text of a command-line flag, read as the type that the key has.
 
     Raises: ConfigError for an unknown key or text of another type.
     """
+    flag = f"--config.{key}={text}"
     *parents, last = key.split(".")
     node: Any = values
-    for part in parents:
+    for depth, part in enumerate(parents):
         if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-            raise ConfigError(f"--config.{key}={text}: there is no section {part!r}")
+            raise ConfigError(f"{flag}: {_unknown(node, '.'.join(parents[:depth]), part, key)}")
         node = node[part]
-    if not isinstance(node, ml_collections.ConfigDict) or last not in node:
-        known = ", ".join(node) if isinstance(node, ml_collections.ConfigDict) else "no keys"
-        raise ConfigError(f"--config.{key}={text}: there is no setting {last!r}; there is {known}")
-    if isinstance(node[last], ml_collections.ConfigDict):
-        raise ConfigError(f"--config.{key}={text}: it is a section; set one of {', '.join(map(str, node[last]))}")
+    if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not _is_mapping(".".join(parents))):
+        raise ConfigError(f"{flag}: {_unknown(node, '.'.join(parents), last, key)}")
+    if last in node and isinstance(node[last], ml_collections.ConfigDict):
+        keys = ", ".join(f"{key}.{k}" for k in map(str, node[last])) or f"{key}.NAME"
+        raise ConfigError(f"{flag}: it is a section; set {'one of ' if ', ' in keys else ''}{keys}")
     kind, optional = _kind_of(key)
     readers = {bool: _read_bool, int: int, float: float, str: str}
     try:
@@ -560,6 +584,31 @@ def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> No
         value = unescape(value)
     with node.unlocked(), node.ignore_type():
         node[last] = value
+
+
+def _unknown(node: Any, section: str, part: str, key: str) -> str:
+    """Why `part` of the dotted `key` is no setting of `section`, and what is."""
+    near = nearest_setting(key, setting_kinds())
+    if not isinstance(node, ml_collections.ConfigDict):
+        return f"{section} is a setting, not a section; set {section} itself"
+    return f"there is no setting {part!r}; {section or 'the config'} has {', '.join(map(str, node))}{near}"
+
+
+def setting_kinds(section: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, with the type that its field declares."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(Config if section is None else section).items():
+        deeper = dataclasses.is_dataclass(kind)
+        found |= setting_kinds(kind, f"{prefix}{name}.") if deeper else {prefix + name: kind}
+    return found
+
+
+def _is_mapping(key: str) -> bool:
+    """Whether a section maps names of the user's choice: mesh.rules, reference.rules, loss.extra."""
+    kind: Any = Config
+    for part in filter(None, key.split(".")):
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return typing.get_origin(kind) is dict
 
 
 def _kind_of(key: str) -> tuple[type, bool]:

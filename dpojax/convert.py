@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dpojax import sharding
 from dpojax.errors import ConfigError
+from dpojax.flags import Parser
 from dpojax.inference import run_tool
 from dpojax.metrics import Progress
 from dpojax.models import hf
@@ -16,9 +17,9 @@ from dpojax.models.table import logical_axes, param_shapes
 from dpojax.weights import ignored_fields, open_weights
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m dpojax.convert",
         description="Writes a model as a Hugging Face directory: a dpojax workdir or checkpoint (adapters are merged), a PEFT "
         "adapter with its base, a llama2.c .bin file, or another Hugging Face directory (e.g. in another dtype).",

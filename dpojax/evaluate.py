@@ -98,6 +98,11 @@ class Sampling:
         c = self.job.config.sample
         return (c.temperature, c.top_k, c.top_p) == (1.0, 0, 1.0)
 
+    @property
+    def kl_count(self) -> int:
+        """How many prompts `kl` samples."""
+        return min(self.job.config.sample.kl_prompts, len(self.prompts))
+
     def kl(self, params, ref) -> tuple[float, float]:
         """On-policy KL(policy || reference) and its standard error, nats, over the first sample.kl_prompts prompts."""
         prompts = self.prompts[: self.job.config.sample.kl_prompts]

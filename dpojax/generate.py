@@ -17,6 +17,7 @@ from dpojax.data.records import open_records
 from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids, stop_ids
 from dpojax.data.triples import DROPPED, Dropped, read_messages, write_prompt
 from dpojax.errors import ConfigError, DataError, NumericsError
+from dpojax.flags import Parser
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
 from dpojax.metrics import Progress
 from dpojax.policy import check_positions
@@ -25,9 +26,9 @@ from dpojax.policy import check_positions
 BOUND = {"float32": 1e-4, "bfloat16": 0.25}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m dpojax.generate", description="Samples responses to prompts, reproducibly by --seed, as JSONL."
     )
     made.add_argument("--model", required=True, help="Hugging Face directory, PEFT adapter, dpojax workdir or llama2.c .bin")

@@ -17,6 +17,7 @@ from dpojax.metrics import Progress, finite_json, say
 from dpojax.models import Model, ModelConfig, hf
 from dpojax.models.table import num_params, param_shapes
 from dpojax.policy import place_decoder
+from dpojax.programs import open_cache
 from dpojax.weights import ignored_fields, open_weights
 
 
@@ -91,6 +92,7 @@ class Output:
 def run_tool(main, parser: argparse.ArgumentParser, argv) -> int:
     """Runs main(args); errors that a user can mend become one line and an exit code."""
     args = parser.parse_args(argv)
+    open_cache()
     try:
         main(args)
     except BrokenPipeError:

@@ -15,7 +15,7 @@ from dpojax import sharding
 from dpojax.config import Config
 from dpojax.errors import ConfigError
 from dpojax.metrics import MetricsLog, Progress, say
-from dpojax.programs import Program
+from dpojax.programs import Program, news
 
 
 class Stop(AbstractContextManager, Protocol):
@@ -48,15 +48,20 @@ class Job:
         return NamedSharding(self.mesh, P())
 
     def say(self, message: str) -> None:
-        """One line from process 0."""
-        if self.main_process:
-            say(message)
+        """One line from process 0, after one on what was compiled since the last."""
+        if not self.main_process:
+            return
+        compiled = news(self.programs)
+        if compiled:
+            say(compiled)
+        say(message)
 
     def program(self, name: str, function, **options) -> Program:
         """A program of the run; its compilations are counted under `name`."""
         made, before = Program(name, function, enabled=self.main_process, **options), self.programs.get(name)
         if before is not None:
-            made.compiled, made.seconds = before.compiled, before.seconds
+            made.compiled, made.loaded, made.seconds = before.compiled, before.loaded, before.seconds
+            made.said = before.said
         self.programs[name] = made
         return made
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpojax.errors import CheckpointError, ConfigError, DpojaxError, FitError, Interrupted
+from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.launch import join_processes, launcher
 
 USAGE = """usage: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...]
@@ -27,14 +28,30 @@ Trains a policy by Direct Preference Optimization, evaluates it, and writes a re
                         from the last checkpoint in it.
   --profile[=STEPS]     writes a trace of some steps (3) to DIR/profile, for Perfetto (ui.perfetto.dev) and TensorBoard
   --config.KEY=VALUE    changes one setting, e.g. --config.loss.beta=0.5 --config.data.train=pairs.jsonl
-  --help                this text, and with --config=FILE all of its settings
+  --help                this text, and with --config=FILE all of its settings, explained
 
 Writes DIR/report.html, metrics.jsonl, summary.json, checkpoints/ and tensorboard/.
 Several processes: the same command in each. Slurm, Open MPI, Kubernetes' indexed jobs and TPU slices are recognised; elsewhere
 set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one dies, the others end after
 DPOJAX_HEARTBEAT_SECONDS (100); the same command then goes on from the last checkpoint.
+Compiled programs are kept in the user's cache directory: JAX_ENABLE_COMPILATION_CACHE=0 turns that off, and
+JAX_COMPILATION_CACHE_DIR names another folder, which several processes must share.
 Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 6 does not fit, 130 and 143 signals.
 """
+
+
+FLAGS = ("config", "workdir", "profile", "help")
+
+
+def known_flags(name: str, flags: Sequence[str]) -> str:
+    """What there is besides an unknown flag, and the nearest of it; a setting's name without `config.` is near it."""
+    from dpojax.config import setting_kinds
+
+    settings = [f"config.{key}" for key in setting_kinds()]
+    near = nearest_setting(name, settings) if "." in name else ""
+    near = near or did_you_mean(name, flags) or nearest_setting(name, settings)
+    listed = ", ".join(f"--{flag}" for flag in flags)
+    return f"there are {listed} and --config.KEY=VALUE{near.replace('did you mean ', 'did you mean --')}"
 
 
 class Arguments(NamedTuple):
@@ -78,7 +95,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         elif name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
         else:
-            raise ConfigError(f"flag --{name} is unknown; there are --config, --workdir, --profile and --config.KEY")
+            raise ConfigError(f"flag --{name} is unknown; {known_flags(name, FLAGS)}")
     if spec is None and not wants_help:
         raise ConfigError("--config=FILE is missing, e.g. --config=configs/tldr.py")
     return Arguments(spec or "", workdir, overrides, wants_help, profile)
@@ -115,8 +132,16 @@ def join_run(configs: Sequence[Any]) -> None:
 
     # An external backend must be told before it starts; threefry draws must not depend on the mesh.
     jax.config.update("jax_threefry_partitionable", True)
-    join_processes()
     from dpojax.config import to_dict
+    from dpojax.metrics import say
+    from dpojax.programs import open_cache
+
+    # Of several processes the first alone writes, and it would wait for the others at every second start: their homes may
+    # be their own. A folder that all share is named by JAX_COMPILATION_CACHE_DIR.
+    if not join_processes():
+        cached = open_cache()
+        if cached:
+            say(cached)
     from dpojax.job import same_everywhere
 
     digest = lambda plain: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -193,7 +218,9 @@ def main(argv: Sequence[str]) -> int:
 
         values = load_config_file(spec)
         if wants_help:
-            print(values)
+            from dpojax.explain import settings_help
+
+            print(settings_help(values))
             return 0
         for key, text in overrides.items():
             apply_override(values, key, text)

@@ -130,9 +130,12 @@ class Progress:
         if not self.enabled or now - self.last < (0.2 if sys.stdout.isatty() else self.every_s):
             return
         self.last = now
+        parts = [f"{self.name}: {done:,} of {self.total:,} {self.unit}"]
         rate = (done - self.first) / (now - self.start)
-        left = f"ETA {duration((self.total - done) / rate)}" if rate > 0 else ""
-        text = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, {left}"
+        if rate > 0:
+            shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            parts += [f"{shown}/s", f"ETA {duration((self.total - done) / rate)}"]
+        text = ", ".join(parts)
         if sys.stdout.isatty():
             print(f"\r\x1b[K{text}", end="" if done < self.total else "\n", flush=True)
         else:

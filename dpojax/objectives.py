@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dpojax.flags import did_you_mean
 from dpojax.functions import file_digest, load_function
 from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, known, sft_loss
 
@@ -222,9 +223,10 @@ def _find(name: str) -> Objective:
     if ":" in name:
         found = load_function(name, "loss.name", kind=Objective)
         return found if isinstance(found, Objective) else Objective(found)
-    own = [*OBJECTIVES, *SHORTHANDS]
+    names = [*OBJECTIVES, *SHORTHANDS]
     raise ValueError(
-        f"loss.name holds {name!r}, which is none of {', '.join(own)}; nor a sum like 0.8*sigmoid+0.2*bco_pair, nor your own module:function"
+        f"loss.name holds {name!r}, which is none of {', '.join(names)}; nor a sum like 0.8*sigmoid+0.2*bco_pair, "
+        f"nor your own module:function{did_you_mean(name, names)}"
     )
 
 
@@ -237,8 +239,8 @@ def _check_range(key: str, value: Any, test: Test) -> None:
         raise ValueError(f"loss.{key} is {value!r}; it must be {test[1]}")
 
 
-def _check_together(name: str, terms: list[Term], f_divergence: str) -> None:
-    """Raises ValueError for terms that cannot be summed, and an f-divergence that a term does not take."""
+def _check_together(name: str, terms: list[Term]) -> None:
+    """Raises ValueError for terms that cannot be summed."""
     if len({t.objective.data for t in terms}) > 1 or (terms[0].objective.data == "unpaired" and any(t.wpo for t in terms)):
         raise ValueError(f"loss.name is {name!r}: unpaired objectives stand alone, without wpo and without an SFT term")
     moving = {t.moving for t in terms if t.moving}
@@ -249,12 +251,43 @@ def _check_together(name: str, terms: list[Term], f_divergence: str) -> None:
         takers = {t.name for t in terms if key in t.settings or (t.moving and key in _MOVING)}
         if len(takers) > 1:
             raise ValueError(f"loss.name is {name!r}: {' and '.join(sorted(takers))} mean different things by loss.{key}")
-    if f_divergence != "reverse_kl":
-        for t in terms:
-            beside = t.objective.function is sft_loss and len(terms) > 1  # a term beside the difference has no divergence
-            if not beside and not t.objective.f_divergence:
-                takes = ", ".join(k for k, v in OBJECTIVES.items() if v.f_divergence)
-                raise ValueError(f"loss.f_divergence is {f_divergence!r}, but {t.name} takes none; these do: {takes}")
+
+
+def _settings_of(rows: list[Objective], *, sft_beside: bool) -> list[str]:
+    """The settings that a sum of these objectives takes, by name.
+
+    Args:
+      sft_beside: whether loss.sft_weight adds an SFT term.
+    """
+    takes = {k for row in rows for k in _keywords(row.function)}
+    if any(row.reference == "moving" for row in rows):
+        takes |= set(_MOVING)
+    if all(row.data != "unpaired" for row in rows):  # the SFT term is that of a pair's chosen response
+        takes |= {"sft_weight"}
+        takes |= set(_keywords(sft_loss)) if sft_beside else set()
+    alone = len(rows) == 1 and not sft_beside
+    if all(_takes_divergence(row, alone=alone) for row in rows):
+        takes |= {"f_divergence"}
+    return sorted(takes)
+
+
+def _takes_divergence(row: Objective, *, alone: bool) -> bool:
+    """Whether the objective is of the difference that an f-divergence changes, or a term beside it."""
+    return row.f_divergence or (row.function is sft_loss and not alone)
+
+
+def _only(takes: list[str]) -> str:
+    """What an objective takes, as the end of a sentence."""
+    if not takes:
+        return "takes no settings; leave it unset (None)"
+    return f"takes only {', '.join(takes)}; leave it unset (None)"
+
+
+def _instead(key: str, takes: list[str]) -> str:
+    """What may have been meant by a setting that an objective does not take."""
+    if key == "f_divergence":
+        return f"; objectives with an f-divergence are {', '.join(k for k, v in OBJECTIVES.items() if v.f_divergence)}"
+    return did_you_mean(key, takes)
 
 
 def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings: Any) -> Loss:
@@ -271,19 +304,21 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
         if key in RANGES:
             raise ValueError(f"loss.extra.{key} is a setting of loss itself: set loss.{key}")
     given |= dict(extra or {})
-    summands = _parse(name)
-    if given.get("sft_weight"):
-        summands.append((given["sft_weight"], False, "sft"))
-    rows = [(weight, wpo, own, _find(own)) for weight, wpo, own in summands]
-    takes = {"sft_weight", "f_divergence"} | {k for _, _, _, row in rows for k in _keywords(row.function)}
-    takes |= set(_MOVING) if any(row.reference == "moving" for *_, row in rows) else set()
-    if given.get("f_divergence") == "alpha":
-        takes |= {"f_alpha"}
+    rows = [(weight, wpo, own, _find(own)) for weight, wpo, own in _parse(name)]
+    takes = _settings_of([row for *_, row in rows], sft_beside=bool(given.get("sft_weight")))
+    if "f_divergence" in takes and given.get("f_divergence") == "alpha":
+        takes.append("f_alpha")
     for key, value in given.items():
-        if key not in takes:
-            listed = ", ".join(sorted(takes))
-            raise ValueError(f"loss.{key} is {value!r}, but {name} takes only {listed}; leave it unset (None)")
+        for beside, needed in {"f_alpha": ("f_divergence", "alpha"), "sft_normalize": ("sft_weight", "0.2")}.items():
+            if key == beside and key not in takes and needed[0] in takes:
+                only = f"which only goes with loss.{needed[0]}, e.g. {needed[1]}"
+                raise ValueError(f"loss.{key} is {value!r}, {only}; set that, or leave loss.{key} unset (None)")
+        if key not in takes and (key, value) != ("f_divergence", "reverse_kl"):
+            shown = f"loss.extra.{key}" if key in (extra or {}) else f"loss.{key}"
+            raise ValueError(f"{shown} is {value!r}, but {name} {_only(takes)}{_instead(key, takes)}")
         _check_range(key, value, RANGES.get(key, _FINITE))
+    if given.get("sft_weight"):
+        rows.append((given["sft_weight"], False, "sft", OBJECTIVES["sft"]))
     if given.get("f_divergence") == "alpha" and "f_alpha" not in given:
         raise ValueError(f"loss.f_alpha is not set; the alpha divergence needs it (recipe: {RECIPES['f_alpha']})")
 
@@ -302,7 +337,7 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
         moving = (float(full.pop("alpha")), int(full.pop("tau"))) if row.reference == "moving" else None
         terms.append(Term(own, weight, wpo, row, full, moving))
     f_divergence = given.get("f_divergence", "reverse_kl")
-    _check_together(name, terms, f_divergence)
+    _check_together(name, terms)
     scale = next((t.settings["beta"] for t in terms if "beta" in t.settings), given.get("orpo_lambda", 1.0))
     files = [file_digest(own) for _, _, own, _ in rows if own not in OBJECTIVES]
     return Loss(name, tuple(terms), float(scale), f_divergence, float(given.get("f_alpha", 1.0)), ",".join(files))

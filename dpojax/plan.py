@@ -37,6 +37,7 @@ from dpojax.data.lengths import QUANTILES, draw_lengths
 from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.data.pipeline import Lengths, Steps
 from dpojax.errors import ConfigError, DpojaxError, FitError
+from dpojax.flags import Parser, did_you_mean
 from dpojax.flops import forward_flops, layer_work
 from dpojax.job import Job
 from dpojax.metrics import MetricsLog, Progress, duration, say
@@ -489,9 +490,9 @@ def make_table(values, topology: Topology, lengths: str, cells) -> list[dict[str
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m dpojax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 it fits, 2 config or command line, 6 it does not fit (what is needed and what there is is said).",
     )  # fmt: skip
@@ -520,11 +521,13 @@ def main(argv: Sequence[str]) -> int:
         for flag in rest:
             name, equals, text = flag.partition("=")
             if not name.startswith("--config.") or not equals:
-                raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE")
+                near = parser().nearest(name)
+                raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE{near}")
             apply_override(values, name.removeprefix("--config."), text)
         config = from_config_dict(values)
         if args.lengths not in (*QUANTILES, "full"):
-            raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full")
+            near = did_you_mean(args.lengths, (*QUANTILES, "full"))
+            raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full{near}")
         topology = open_topology(args.topology, args.num_slices)
         if args.table:
             batches = [int(b) for b in args.batches.split(",")] if args.batches else [config.batch_size, 2 * config.batch_size]

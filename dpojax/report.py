@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dpojax.config import Config, resolved_mode, to_dict
+from dpojax.metrics import duration
 from dpojax.train import PairResults
 from dpojax.winrate import wilson
 
@@ -35,39 +36,58 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>dpojax: {{ name }}</title>
 <style>
+ * { box-sizing: border-box; }
  body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em; }
  h1 { font-size: 1.5em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
+ h3 { font-size: 1em; margin: 1.6em 0 .4em; }
  .sub { color: #777; margin-top: .2em; }
- .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 1.4em 0; }
- .card { border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px; min-width: 150px; flex: 1; }
+ .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 1.4em 0; }
+ .card { border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px; }
  .card b { display: block; font-size: 1.6em; } .card span { color: #777; font-size: .85em; }
- img { max-width: 100%; } table { border-collapse: collapse; width: 100%; }
- td, th { text-align: left; padding: 6px 10px; border-bottom: 1px solid #eee; vertical-align: top; }
- th { color: #777; font-weight: 600; } .num { text-align: right; font-variant-numeric: tabular-nums; }
- .prompt { white-space: pre-wrap; color: #555; font-size: .88em; max-height: 11em; overflow: auto; }
+ img { max-width: 100%; }
+ .wide { overflow-x: auto; } .wide img { min-width: 640px; }
+ table { border-collapse: collapse; width: 100%; margin: .8em 0; }
+ td, th { text-align: left; padding: 6px 10px; border-bottom: 1px solid #eee; vertical-align: top; overflow-wrap: anywhere; }
+ th { color: #777; font-weight: 600; overflow-wrap: normal; }
+ .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+ .facts td:first-child { color: #777; width: 9em; overflow-wrap: normal; }
+ code { font-size: .88em; background: #f7f7f7; padding: .1em .3em; }
+ .sample { border: 1px solid #ddd; border-radius: 8px; margin: 1em 0; overflow: hidden; }
+ .prompt { white-space: pre-wrap; color: #555; font-size: .88em; max-height: 11em; overflow: auto; padding: 8px 14px;
+   background: #fafafa; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+ .answers { display: grid; grid-template-columns: 1fr 1fr; } .answers > div { padding: 8px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
+ .answers > div + div { border-left: 1px solid #eee; }
+ .answers b { display: block; color: #777; font-size: .85em; }
  .better { background: #eef7ee; } details { margin: .5em 0; } pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: .85em; }
  .note { color: #777; font-size: .9em; }
+ @media (max-width: 600px) { .answers { grid-template-columns: 1fr; } .answers > div + div { border-left: 0; border-top: 1px solid #eee; }
+   td, th { padding: 5px 6px; font-size: .92em; } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="sub">{{ subtitle }}</p>
 <div class="cards">{% for c in cards %}<div class="card"><b>{{ c.value }}</b>{{ c.label }}<br><span>{{ c.note }}</span></div>{% endfor %}</div>
+<table class="facts">{% for r in facts %}<tr><td>{{ r[0] }}</td><td>{% if r[0] == "command" %}<code>{{ r[1] }}</code>{% else %}{{ r[1] }}{% endif %}</td></tr>
+{% endfor %}</table>
+<h2>Before and after</h2>
+<table><tr><th>{{ before_title }}</th><th class="num">before</th><th class="num">after</th></tr>
+{% for r in before_after %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
+<p class="note">{{ before_note }}</p>
 <h2>Training</h2>
-<img alt="training curves" src="data:image/png;base64,{{ curves }}">
+<div class="wide"><img alt="training curves" src="data:image/png;base64,{{ curves }}"></div>
 <p class="note">{{ curves_note }}</p>
 <h2>Held-out {{ unit }}</h2>
-<img alt="held-out rewards" src="data:image/png;base64,{{ heldout }}">
+<div class="wide"><img alt="held-out rewards" src="data:image/png;base64,{{ heldout }}"></div>
 <table><tr><th>held-out {{ unit }}</th><th class="num">{{ unit }}</th><th class="num">accuracy</th><th class="num">95 % interval</th></tr>
 {% for r in splits %}<tr><td>{{ r.name }}</td><td class="num">{{ r.count }}</td><td class="num">{{ r.rate }}</td><td class="num">{{ r.interval }}</td></tr>{% endfor %}</table>
 {% if samples %}
 <h2>Samples</h2>
 {% if sample_plot %}<img alt="sample statistics" src="data:image/png;base64,{{ sample_plot }}">{% endif %}
-<table><tr><th>on {{ num_samples }} held-out prompts</th><th class="num">policy</th><th class="num">reference</th></tr>
-{% for r in sample_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
 <p class="note">{{ sample_note }}</p>
-<table><tr><th style="width:34%">prompt</th><th>policy</th><th>reference</th></tr>
-{% for s in samples %}<tr><td><div class="prompt">{{ s.prompt }}</div></td>
-<td class="{{ 'better' if s.policy_better }}">{{ s.policy }}{% if s.policy_score is not none %}<br><span class="note">reward {{ s.policy_score }}</span>{% endif %}</td>
-<td class="{{ 'better' if s.ref_better }}">{{ s.reference }}{% if s.ref_score is not none %}<br><span class="note">reward {{ s.ref_score }}</span>{% endif %}</td></tr>{% endfor %}</table>
+{% for s in samples %}<div class="sample"><div class="prompt" tabindex="0">{{ s.prompt }}</div><div class="answers">
+<div class="{{ 'better' if s.policy_better }}"><b>policy{% if s.policy_score is not none %}, reward {{ s.policy_score }}{% endif %}</b>{{ s.policy }}</div>
+<div class="{{ 'better' if s.ref_better }}"><b>reference{% if s.ref_score is not none %}, reward {{ s.ref_score }}{% endif %}</b>{{ s.reference }}</div>
+</div></div>
+{% endfor %}
 {% endif %}
 <h2>Cost</h2>
 <table><tr><th>of this process's steps, without the first</th><th class="num"></th></tr>
@@ -77,9 +97,12 @@ each other, the vocabulary at response tokens; no padding and nothing that is co
 <h2>Data and programs</h2>
 <table><tr><th>rows</th><th class="num">train</th><th class="num">held out</th></tr>
 {% for r in data_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
-<table><tr><th>program</th><th class="num">compiled</th><th class="num">seconds</th></tr>
-{% for r in program_rows %}<tr><td>{{ r[0] }}</td><td class="num">{{ r[1] }}</td><td class="num">{{ r[2] }}</td></tr>{% endfor %}</table>
+<table><tr><th>program</th><th class="num">compiled</th><th class="num">loaded</th><th class="num">seconds</th></tr>
+{% for r in program_rows %}<tr>{% for cell in r %}<td{% if not loop.first %} class="num"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
 <details><summary>All settings</summary><pre>{{ config }}</pre></details>
+<script>document.querySelectorAll(".prompt").forEach((p) => { p.scrollTop = p.scrollHeight; }); // what was asked last is seen first
+</script>
 </body></html>
 """)
 
@@ -264,11 +287,74 @@ def _cards(summary: dict[str, Any], splits: list[dict[str, Any]], unit: str) -> 
     cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
     if "kl" in summary:
         error = f"± {summary['kl_standard_error']:.2f} (standard error)"
-        cards.append({"value": f"{summary['kl']:.2f} nats", "label": "KL(policy || reference)", "note": error})
+        note = f"{error}, samples of {summary['num_samples']} prompts"
+        cards.append({"value": f"{summary['kl']:.2f} nats", "label": "KL(policy || reference)", "note": note})
     if summary["pairs_per_second"]:
         speed = f"{summary['pairs_per_second']:.1f}"
         cards.append({"value": speed, "label": f"{unit} per second", "note": f"{summary['num_steps']} steps"})
     return cards
+
+
+def _facts(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was run, on what, with what and when."""
+    run = summary["run"]
+    held_out = config.data.eval or ("embedded world" if not config.data.train else "none")
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return [
+        ("model", run["model"]),
+        ("trained on", f"{config.data.train or 'embedded world'}, {summary['train_rows'].get('rows', 0):,} rows"),
+        ("held out", f"{held_out}, {summary['eval_rows'].get('rows', 0):,} rows"),
+        ("devices", run["devices"]),
+        ("versions", versions),
+        ("command", run["command"]),
+        ("started", f"{run['started']}; this process took {duration(summary['seconds'])}{_load(run)}"),
+    ]
+
+
+def _load(run: dict[str, Any]) -> str:
+    """What else the machine was doing, where the system says it: a time means little without."""
+    if run.get("load") is None:
+        return ""
+    return f", the machine's load was {run['load']:.1f} on {run['cores']} cores"
+
+
+def _before_after(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Held-out metrics before the first step and after the last, and the samples of reference and policy."""
+    evaluations = [r for r in rows if r.get("eval_loss") is not None]
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    shown = [
+        ("loss", "eval_loss", "{:.4f}"),
+        ("accuracy of the objective", "eval_objective/accuracy", "{:.1%}"),
+        ("accuracy of the implicit rewards", "eval_rewards/accuracies", "{:.1%}"),
+        ("reward margin", "eval_rewards/margins", "{:+.3f}"),
+        ("log-prob of chosen, nats", "eval_logps/chosen", "{:.1f}"),
+        ("log-prob of rejected, nats", "eval_logps/rejected", "{:.1f}"),
+    ]
+    table = [
+        (label, form.format(first[key]), form.format(last[key]))
+        for label, key, form in shown
+        if first.get(key) is not None and last.get(key) is not None
+    ]
+    sampled = [
+        ("mean reward of samples", "mean_reward", "{:+.2f}"),
+        ("mean length of samples, tokens", "mean_length", "{:.1f}"),
+        ("distinct pairs of tokens in samples", "distinct_2", "{:.3f}"),
+    ]
+    for label, key, form in sampled:
+        if summary.get(key) is not None:
+            table.append((label, form.format(summary[f"reference_{key}"]), form.format(summary[key])))
+    return table
+
+
+def _before_note(config: Config, summary: dict[str, Any]) -> str:
+    """What before and after are, and how the two KLs differ."""
+    parts = ["Before: the policy before the first preference step, and the reference's samples. After: the trained policy."]
+    if "kl" in summary:
+        parts.append(
+            f"The KL above is over one sample to each of {summary['num_samples']} prompts at the end; the curve below is the "
+            f"same quantity over the first {min(config.sample.kl_prompts, summary['num_samples'])} of them at each evaluation."
+        )
+    return " ".join(parts)
 
 
 def _sample_table(samples: dict[str, Any], shown: int) -> list[dict[str, Any]]:
@@ -310,6 +396,12 @@ def _cost_rows(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[
     return [(label, form.format(found[key])) for label, key, form in shown if found.get(key) is not None]
 
 
+def _program_rows(programs: dict[str, dict[str, Any]]) -> list[tuple[str, int, int, str]]:
+    """Each program's name, how often it was compiled and loaded from the cache, and the seconds that this took."""
+    called = {name: program for name, program in programs.items() if program["compiled"] or program["loaded"]}
+    return [(name, p["compiled"], p["loaded"], f"{p['seconds']:.1f}") for name, p in called.items()]
+
+
 def render_report(
     name: str,
     config: Config,
@@ -342,14 +434,6 @@ def render_report(
     data = config.data.train or "embedded world"
     counts = (summary["train_rows"], summary["eval_rows"])
     names = sorted(set(counts[0]) | set(counts[1]))
-    sample_rows: list[tuple[str, str, str]] = []
-    if samples:
-        sample_rows = [
-            ("mean length (tokens)", f"{summary['mean_length']:.1f}", f"{summary['reference_mean_length']:.1f}"),
-            ("distinct-2", f"{summary['distinct_2']:.3f}", f"{summary['reference_distinct_2']:.3f}"),
-        ]
-        if "mean_reward" in summary:
-            sample_rows.append(("mean reward", f"{summary['mean_reward']:+.2f}", f"{summary['reference_mean_reward']:+.2f}"))
     c = config.sample
     return PAGE.render(
         name=name,
@@ -363,12 +447,14 @@ def render_report(
         splits=splits,
         samples=_sample_table(samples, shown) if samples else [],
         sample_plot=_png(plot_samples(samples)) if samples else "",
-        num_samples=summary.get("num_samples", 0),
-        sample_rows=sample_rows,
+        facts=_facts(config, summary),
+        before_title=f"held-out {unit} and prompts",
+        before_after=_before_after(summary, rows),
+        before_note=_before_note(config, summary),
         sample_note=f"One sample each: temperature {c.temperature:g}, top-k {c.top_k or 'off'}, top-p {c.top_p if c.top_p < 1 else 'off'}"
         + ("; the better one by the reward is tinted; ties count half." if "win_rate" in summary else "."),
         cost_rows=_cost_rows(summary, rows),
         data_rows=[(n.replace("/", ": ").replace("_", " "), counts[0].get(n, 0), counts[1].get(n, 0)) for n in names],
-        program_rows=[(n, p["compiled"], f"{p['seconds']:.1f}") for n, p in summary["programs"].items() if p["compiled"]],
+        program_rows=_program_rows(summary["programs"]),
         config=json.dumps(to_dict(config), indent=2),
     )

@@ -1,21 +1,29 @@
 """A whole run: data -> SFT -> DPO -> evaluation -> report. `main.py` calls `run`; the loop is in stages.py."""
 
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import json
+import os
 import pathlib
+import platform
+import shlex
+import sys
 import time
 from typing import Any
 
 import jax
 
-from dpojax import checkpoint, evaluate, report, sharding
+import dpojax
+from dpojax import checkpoint, evaluate, programs, report, sharding
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import Config, frozen_dtype, to_dict
 from dpojax.datasets import Data
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, finite_json, peak_memory, say
 from dpojax.models import hf, lora, peft
+from dpojax.models.table import num_params
 from dpojax.opening import Opened, open_run
 from dpojax.policy import Policy, reference_params
 from dpojax.stages import (
@@ -103,7 +111,8 @@ def finish_run(
         **found,
         **(evaluate.judge_samples(job, samples) if samples else {}),
         "seconds": time.monotonic() - began,
-        "programs": {p.name: {"compiled": p.compiled, "seconds": p.seconds} for p in job.programs.values()},
+        "run": describe_run(job, opened.policy, began),
+        "programs": {p.name: {"compiled": p.compiled, "loaded": p.loaded, "seconds": p.seconds} for p in job.programs.values()},
         "train_rows": data.train_index.counts,
         "eval_rows": data.eval_index.counts,
         "self_check": check._asdict() if check else None,
@@ -115,6 +124,29 @@ def finish_run(
         _say_results(summary, job.workdir / "report.html", job)
     job.log.close()
     return summary
+
+
+def describe_run(job: Job, policy: Policy, began: float) -> dict[str, Any]:
+    """What was run, on what, with what and when: as data for summary.json and the report.
+
+    Args:
+      began: when the run did, of time.monotonic().
+    """
+    c = job.config
+    size = num_params(policy.config) / 1e6
+    source = c.model.init or c.model.shape or "random weights"
+    started = datetime.datetime.now().astimezone() - datetime.timedelta(seconds=time.monotonic() - began)
+    libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"
+    return {
+        "model": f"{source}, {policy.config.family}, {size:,.2f}M parameters, {c.model.dtype} on {c.model.param_dtype}",
+        "devices": f"{devices}, {platform.platform()}",
+        "versions": {"dpojax": dpojax.__version__, "Python": platform.python_version(), **libraries},
+        "command": shlex.join(sys.orig_argv),
+        "started": started.isoformat(timespec="seconds"),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cores": os.cpu_count(),
+    }
 
 
 class _Evaluation:
@@ -138,7 +170,7 @@ class _Evaluation:
         if self.sampler is not None and ref is not None:
             value, error = self.sampler.kl(params, ref)
             self.scalars |= {"eval_on_policy_kl": value, "eval_on_policy_kl_standard_error": error}
-            kl = f"  KL {value:.2f} ± {error:.2f}"
+            kl = f"  KL {value:.2f} ± {error:.2f} ({self.sampler.kl_count} prompts)"
         if log:
             self.job.log.write(step, self.scalars)
         self.job.say(
@@ -249,9 +281,7 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
 
 
 def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
-    for p in job.programs.values():
-        if p.compiled:
-            say(f"program {p.name}: compiled {p.compiled} time(s)")
+    job.say(programs.totals(job.programs))
     if "win_rate" in summary:
         say(
             f"win rate over the reference {summary['win_rate']:.1%} [{summary['win_rate_low']:.1%}, {summary['win_rate_high']:.1%}], "
@@ -259,7 +289,8 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
         )
     if "kl" in summary:
         say(
-            f"KL(policy || reference) {summary['kl']:.2f} ± {summary['kl_standard_error']:.2f} nats; "
+            f"KL(policy || reference) {summary['kl']:.2f} ± {summary['kl_standard_error']:.2f} nats over "
+            f"{summary['num_samples']} prompts; "
             f"mean length {summary['mean_length']:.1f} vs {summary['reference_mean_length']:.1f} tokens"
         )
     if "step_time_p50_s" in summary:
@@ -267,7 +298,7 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
         rate = f"{summary['pairs_per_second']:.1f} pairs/s, " if summary["pairs_per_second"] else ""
         say(
             f"step {summary['step_time_p50_s']:.3f} s (median), {summary['step_time_p99_s']:.3f} s (99th percentile); {rate}"
-            f"{summary['useful_tflops']:.3g} useful TFLOP/s{mfu}; compiled for {duration(summary['seconds_compiling'])}; "
+            f"{summary['useful_tflops']:.3g} useful TFLOP/s{mfu}; compiling and loading {duration(summary['seconds_compiling'])}; "
             + ", ".join(
                 f"{k.removeprefix('peak_').removesuffix('_gib').replace('_', ' ')} {v:.2f} GiB"
                 for k, v in summary.items()

@@ -22,15 +22,16 @@ from dpojax.data.records import open_records
 from dpojax.data.tokens import Limits, mask_ids
 from dpojax.data.triples import DROPPED, Dropped, RowReader
 from dpojax.errors import ConfigError, DataError
+from dpojax.flags import Parser
 from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
 from dpojax.metrics import Progress, finite_json
 from dpojax.policy import check_positions
 from dpojax.train import make_token_logps_step
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m dpojax.score",
         description="Scores responses: log-probs, and with --ref the implicit rewards beta (log pi - log pi_ref). Rows are "
         "preferences as for training, or a prompt with 'completions' or 'responses' to be ranked.",

@@ -98,6 +98,7 @@ class Stage:
     evaluation_due: bool = True  # before the next step: at step 0, and where a signal came before an evaluation
     pairs: int = 0  # trained on since step 0, without the first step of each process
     seconds: float = 0.0  # that they took
+    compiled_s: float = 0.0  # that the step's program took to compile or load, up to the last finished step
     finished: int = 0  # steps of this process
     since_log: tuple[float, ...] = (0, 0, 0, 0, 0)  # steps, pairs, tokens, useful FLOPs, seconds
     step_times: list[float] = dataclasses.field(default_factory=list)  # s, of this process's steps but the first
@@ -109,10 +110,13 @@ class Stage:
     def finish(self, job: Job, done: Dispatched, clock: float) -> float:
         """Waits for a step, counts and logs it; `clock` is when the one before it was done. Returns when this one was."""
         now = done.end.result()
-        seconds = now - clock
+        # What compiling takes is no part of a step, nor of what is left.
+        compiling = self.step_program.seconds - self.compiled_s
+        self.compiled_s += compiling
+        seconds = max(now - clock - compiling, 1e-9)
         self.num_tokens += done.num_tokens
         self.finished += 1
-        if self.finished > 1:  # the first step of a process compiles
+        if self.finished > 1:  # the first step of a process fills the pipeline
             self.pairs, self.seconds = self.pairs + done.num_pairs, self.seconds + seconds
         flops = self.flops(done.sizes)
         if self.finished > 1:

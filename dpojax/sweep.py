@@ -30,11 +30,12 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax import evaluate, sharding
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import Config, apply_override, from_config_dict, load_config_file
+from dpojax.config import Config, apply_override, from_config_dict, load_config_file, setting_kinds
 from dpojax.data.pipeline import eval_batches
 from dpojax.errors import ConfigError, DpojaxError, Interrupted
+from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.job import Job, Stop
-from dpojax.main import StopSignal, join_run, make_workdir
+from dpojax.main import StopSignal, join_run, known_flags, make_workdir
 from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_run, write_settings
@@ -44,6 +45,7 @@ from dpojax.run import finish_run, preference_stage
 from dpojax.stages import Dispatched, Stage, start_state, state_layout, train_stage
 from dpojax.train import TrainState, make_eval_step, make_sweep_step, new_state, reference_logps, sweep_gradients
 
+FLAGS = ("config", "workdir", "together", "help")
 MAY_DIFFER = re.compile(r"loss\..*|optim\.learning_rate|seed")
 
 
@@ -85,7 +87,9 @@ def combinations(values, grid: Mapping[str, Sequence[str]]) -> dict[str, Config]
     """
     for key in grid:
         if not MAY_DIFFER.fullmatch(key):
-            raise ConfigError(f"--sweep.{key}: runs of one program differ in loss.*, optim.learning_rate and seed alone")
+            near = nearest_setting(key, [k for k in setting_kinds() if MAY_DIFFER.fullmatch(k)])
+            near = near.replace("did you mean ", "did you mean --sweep.")
+            raise ConfigError(f"--sweep.{key}: runs of one program differ in loss.*, optim.learning_rate and seed alone{near}")
     found: dict[str, Config] = {}
     for chosen in itertools.product(*grid.values()):
         own = values.copy_and_resolve_references()
@@ -337,6 +341,27 @@ def _finish(own: Job, opened: Opened, stage: Sweep, state: TrainState, n: int, e
     return finish_run(own, opened, mine, int(state.step), scalars, evaluation.results[n], samples, began)
 
 
+def results_table(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """The runs of a sweep as a Markdown table: name -> what summary.json holds."""
+    keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")
+    lines = [f"| run | {' | '.join(keys)} |", "|---|" + "---|" * len(keys)]
+    for name, summary in summaries.items():
+        cells = [f"{summary[k]:.4f}" if summary.get(k) is not None else "" for k in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_table(path: pathlib.Path, table: str) -> None:
+    """Writes the table whole or not at all, and says where; a folder that cannot be written stops nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(table + "\n", encoding="utf-8")
+        temporary.replace(path)
+        say(f"\n{path}")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror or error})")
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +371,16 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not name.startswith("--") or not equals:
             raise ConfigError(f"{flag!r} is not understood; flags look like --sweep.KEY=A,B and --config.KEY=VALUE")
         yield name.removeprefix("--"), value
+
+
+def _unknown_flag(name: str, value: str) -> str:
+    """Why a flag is not understood, and what there is."""
+    if name == "together":
+        near = did_you_mean(value, ("auto", "vmap", "loop"))
+        return f"--together={value}: it must be auto, vmap or loop{near}"
+    if name.partition(".")[0] != "sweep" and did_you_mean(name.partition(".")[0], ["sweep"]):
+        return f"flag --{name} is unknown; did you mean --sweep.{name.partition('.')[2] or 'KEY'}?"
+    return f"flag --{name} is unknown; --sweep.KEY=A,B names what differs; {known_flags(name, FLAGS)}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -367,9 +402,7 @@ def main(argv: Sequence[str]) -> int:
             elif name.startswith("sweep."):
                 grid[name.removeprefix("sweep.")] = value.split(",")
             else:
-                raise ConfigError(
-                    f"--{name}={value}: unknown; there are --config, --workdir, --together, --config.KEY, --sweep.KEY"
-                )
+                raise ConfigError(_unknown_flag(name, value))
         if not spec or not grid:
             raise ConfigError("--config=FILE and at least one --sweep.KEY=A,B are needed")
         values = load_config_file(spec)
@@ -379,11 +412,10 @@ def main(argv: Sequence[str]) -> int:
         folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
         join_run(list(runs.values()))
         found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)
-        keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")
-        say("\n| run | " + " | ".join(keys) + " |\n|---|" + "---|" * len(keys))
-        for name, summary in found.items():
-            cells = [f"{summary[k]:.4f}" if summary.get(k) is not None else "" for k in keys]
-            say(f"| {name} | {' | '.join(cells)} |")
+        table = results_table(found)
+        if jax.process_index() == 0:
+            say(f"\n{table}")
+            write_table(folder / "sweep.md", table)
     except Interrupted as stopped:
         return stopped.exit_code
     except DpojaxError as error:

@@ -1,11 +1,19 @@
 """Eight simulated CPU devices, and where the shared real data lies (tests skip without it)."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers and the runs that they start compile a program once between them; .ci/run names one folder for all its steps.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpojax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import jaxtyping
@@ -15,11 +23,23 @@ import pytest
 SHAPED = ("losses", "objectives", "logps", "train", "sampling", "models", "data.packing")
 jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartype")
 
+import messages
 import runs
 
+from dpojax import errors
 from dpojax.data import world
 
 jax.config.update("jax_threefry_partitionable", True)
+
+
+def _checked(self, *args):
+    """Every ConfigError that a test raises lists something where it lists."""
+    Exception.__init__(self, *args)
+    found = messages.faults(str(self))
+    assert not found, (found, str(self))
+
+
+errors.ConfigError.__init__ = _checked
 
 DATA = pathlib.Path(os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
 

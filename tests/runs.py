@@ -6,7 +6,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 
@@ -38,18 +37,10 @@ def command(files, workdir, **changes):
     return [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
 
 
-# Runs of this session share what they compile: most of them are the same program.
-COMPILED = tempfile.TemporaryDirectory(prefix="dpojax-compiled-")
-
-
 def environment(devices=1, **more):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    """Of a run on so many devices; what it compiles lies in the folder that conftest names, as most runs are one program."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
 def run(files, workdir, *, devices=1, code=0, flags=(), **changes):

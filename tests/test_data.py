@@ -59,6 +59,19 @@ def test_one_bad_response_of_k_takes_only_its_own_pairs():
     assert [(p.chosen, p.rejected) for p in group.pairs] == [(1, 0)]
 
 
+def test_pairs_left_out_of_a_ranked_group_are_named_with_their_line_and_reason(tokenizer):
+    rows = [
+        {"prompt": "x", "responses": ["a", "b", " ", "c"], "scores": [1, 2, 3, 4]},
+        {"prompt": "x", "chosen": "a", "rejected": "a"},
+        {"prompt": "x", "chosen": "a", "rejected": "b"},
+    ]
+    data = Dataset(in_memory("ranked", rows), RowReader(""), tokenizer, Limits(64, 64))
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    places = [line.partition(": ")[0] for line in index.dropped]
+    assert places == [data.records.where(0)] * 3 + [data.records.where(1)]
+    assert all("a response is empty" in line for line in index.dropped[:3]) and "the same" in index.dropped[3]
+
+
 def test_sft_on_ranked_rows_trains_on_the_best_response():
     row = {"prompt": "x", "responses": ["low", "mid", "best"], "scores": [1, 2, 3]}
     assert RowReader("", "sft").read(row, "file:1").responses == ("best",)

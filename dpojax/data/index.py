@@ -46,7 +46,7 @@ class Index(NamedTuple):
     largest_id: np.ndarray  # [] the largest token id
     counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/turns, cut/response, bad_line
     bad: tuple[str, ...]  # the message of each line that could not be read
-    dropped: tuple[str, ...]  # "file:line: reason" of each row that holds no usable pair
+    dropped: tuple[str, ...]  # "file:line: reason" of each row without a usable pair, and of each pair left out of a group
     # [n, 2] source row and response number of what stands as the last response of the group: an answer to another prompt
     mismatched: np.ndarray | None = None
 
@@ -281,6 +281,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         counts["cut/turns"] += cut.turns
         counts["cut/response"] += any(cut.responses)
         counts.update(f"dropped_pair/{reason}" for reason in cut.dropped)
+        dropped += [f"{data.records.where(row)}: a pair of the group: {DROPPED[reason]}" for reason in cut.dropped]
         rows.append(row)
         prompts.append(len(group.prompt))
         responses.extend(map(len, group.responses))

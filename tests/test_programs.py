@@ -1,0 +1,114 @@
+"""Compiled programs kept between runs: said once, bounded, healed, shared, and never counted as compiled."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from runs import ROOT, command, numbers, start
+
+from dpojax.programs import Program, news, totals
+
+
+def cached_run(files, workdir, home, **more):
+    """A run as a user starts it, with the user's cache directory at `home`; its output."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    flags = "--xla_force_host_platform_device_count=1"
+    env |= {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **more}
+    done = subprocess.run(command(files, workdir), env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def programs(workdir):
+    return json.loads((workdir / "summary.json").read_text())["programs"]
+
+
+@pytest.mark.slow
+def test_a_second_start_loads_every_program_and_equals_the_first_to_the_bit(files, tmp_path):
+    home = tmp_path / "home"
+    first = cached_run(files, tmp_path / "first", home)
+    second = cached_run(files, tmp_path / "second", home)
+    off = cached_run(files, tmp_path / "off", tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
+    for output in (first, second):
+        assert output.count("compiled programs are kept in") == 1 and str(home) in output
+    assert "are kept" not in off and not (tmp_path / "none").exists()
+    assert all(p["compiled"] == 1 and not p["loaded"] for p in programs(tmp_path / "first").values())
+    assert all(p["loaded"] == 1 and not p["compiled"] for p in programs(tmp_path / "second").values())
+    assert re.search(r"^loaded from the compilation cache .*dpo_step", second, re.MULTILINE)
+    assert "compiled dpo_step" not in second and "time(s)" not in second
+    assert numbers(tmp_path / "first") == numbers(tmp_path / "second") == numbers(tmp_path / "off")
+    noise = re.compile(r"^.*(warn|E0000|W0000|SIGILL|machine features|cpu_aot).*$", re.MULTILINE | re.IGNORECASE)
+    assert set(noise.findall(second)) <= set(noise.findall(off))
+    # Damage, cut-off writes and a full folder cost the compiling alone.
+    (folder,) = (home / "dpojax").iterdir()
+    entries = sorted(folder.glob("jit_*-cache"))
+    for i, entry in enumerate(entries):
+        content = bytearray(entry.read_bytes())
+        if i % 3 == 0:
+            content[len(content) // 2] ^= 255
+        elif i % 3 == 1:
+            content = content[: len(content) // 3]
+        else:
+            entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
+        entry.write_bytes(content)
+    third = cached_run(files, tmp_path / "third", home)
+    assert numbers(tmp_path / "third") == numbers(tmp_path / "first") and "Error reading" not in third
+    cached_run(files, tmp_path / "fourth", home)
+    assert all(p["loaded"] == 1 for p in programs(tmp_path / "fourth").values())  # each was written anew
+
+
+@pytest.mark.slow
+def test_several_runs_at_once_share_the_folder_and_a_kill_leaves_it_usable(files, tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    started = [start(files, tmp_path / str(i), env) for i in range(3)]
+    started[2].stdout.readline()
+    started[2].send_signal(signal.SIGKILL)
+    outputs = [p.communicate(timeout=300)[0] for p in started]
+    assert [p.returncode for p in started[:2]] == [0, 0], outputs
+    assert numbers(tmp_path / "0") == numbers(tmp_path / "1")
+    assert "Error" not in cached_run(files, tmp_path / "after", tmp_path / "home")
+
+
+@pytest.mark.parametrize("kind", ["a file", "others may write", "relative", "no home", "unwritable"])
+def test_a_folder_that_cannot_be_used_stops_nothing(tmp_path, kind):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    place = tmp_path / "home/dpojax"
+    if kind == "a file":
+        place.parent.mkdir()
+        place.write_text("")
+    elif kind == "others may write":
+        code = "from dpojax import programs; print(programs._machine())"
+        name = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        (place / f"programs-{name}").mkdir(parents=True)
+        (place / f"programs-{name}").chmod(0o777)
+    elif kind == "relative":
+        env |= {"XDG_CACHE_HOME": "here", "HOME": str(tmp_path)}
+    elif kind == "no home":
+        env = {k: v for k, v in env.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    elif kind == "unwritable":
+        env |= {"XDG_CACHE_HOME": "/proc/nowhere"}
+    code = "from dpojax.programs import open_cache; print(open_cache()); import jax; print(jax.jit(lambda x: x + 1)(1))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("2\n"), done.stderr
+    assert "Traceback" not in done.stderr and not (ROOT / "here").exists()
+    expected = {"relative": f"are kept in {tmp_path}/.cache/dpojax/programs-", "no home": "\n2"}
+    assert expected.get(kind, "are not kept") in done.stdout
+
+
+def test_a_line_gathers_what_was_compiled_and_loaded_since_the_last():
+    made = {name: Program(name, lambda x: x + 1, enabled=False) for name in ("a", "b", "c")}
+    assert news(made) == ""
+    for program in made.values():
+        program(jnp.zeros(3))
+    made["b"].compiled, made["b"].loaded = 0, 1
+    line = news(made)
+    assert re.fullmatch(r"(compiled|loaded from the compilation cache) a .*", line) and line.count(";") <= 1
+    assert all(re.search(rf"\b{name} \d+\.\ds", line) for name in made) and news(made) == ""
+    made["c"].compiled, made["c"].loaded = 2, 0
+    assert "compiled 2 time(s): c" in totals(made) and "loaded from the compilation cache: b" in totals(made)
