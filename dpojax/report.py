@@ -51,10 +51,11 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
  th { color: #777; font-weight: 600; overflow-wrap: normal; }
  .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
  .facts td:first-child { color: #777; width: 9em; overflow-wrap: normal; }
+ code span { display: inline-block; max-width: 100%; }
  code { font-size: .88em; background: #f7f7f7; padding: .1em .3em; }
  .sample { border: 1px solid #ddd; border-radius: 8px; margin: 1em 0; overflow: hidden; }
- .prompt { white-space: pre-wrap; color: #555; font-size: .88em; max-height: 11em; overflow: auto; padding: 8px 14px;
-   background: #fafafa; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+ .prompt { display: flex; flex-direction: column-reverse; max-height: 11em; overflow: auto; background: #fafafa; border-bottom: 1px solid #ddd; }
+ .prompt div { white-space: pre-wrap; color: #555; font-size: .88em; padding: 8px 14px; overflow-wrap: anywhere; }
  .answers { display: grid; grid-template-columns: 1fr 1fr; } .answers > div { padding: 8px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
  .answers > div + div { border-left: 1px solid #eee; }
  .answers b { display: block; color: #777; font-size: .85em; }
@@ -66,7 +67,7 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <h1>{{ title }}</h1>
 <p class="sub">{{ subtitle }}</p>
 <div class="cards">{% for c in cards %}<div class="card"><b>{{ c.value }}</b>{{ c.label }}<br><span>{{ c.note }}</span></div>{% endfor %}</div>
-<table class="facts">{% for r in facts %}<tr><td>{{ r[0] }}</td><td>{% if r[0] == "command" %}<code>{{ r[1] }}</code>{% else %}{{ r[1] }}{% endif %}</td></tr>
+<table class="facts">{% for r in facts %}<tr><td>{{ r[0] }}</td><td>{% if r[0] == "command" %}<code>{% for word in r[1].split(" ") %}<span>{{ word }}</span> {% endfor %}</code>{% else %}{{ r[1] }}{% endif %}</td></tr>
 {% endfor %}</table>
 <h2>Before and after</h2>
 <table><tr><th>{{ before_title }}</th><th class="num">before</th><th class="num">after</th></tr>
@@ -83,7 +84,7 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <h2>Samples</h2>
 {% if sample_plot %}<img alt="sample statistics" src="data:image/png;base64,{{ sample_plot }}">{% endif %}
 <p class="note">{{ sample_note }}</p>
-{% for s in samples %}<div class="sample"><div class="prompt" tabindex="0">{{ s.prompt }}</div><div class="answers">
+{% for s in samples %}<div class="sample"><div class="prompt" tabindex="0"><div>{{ s.prompt }}</div></div><div class="answers">
 <div class="{{ 'better' if s.policy_better }}"><b>policy{% if s.policy_score is not none %}, reward {{ s.policy_score }}{% endif %}</b>{{ s.policy }}</div>
 <div class="{{ 'better' if s.ref_better }}"><b>reference{% if s.ref_score is not none %}, reward {{ s.ref_score }}{% endif %}</b>{{ s.reference }}</div>
 </div></div>
@@ -101,8 +102,6 @@ each other, the vocabulary at response tokens; no padding and nothing that is co
 {% for r in program_rows %}<tr>{% for cell in r %}<td{% if not loop.first %} class="num"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <details><summary>All settings</summary><pre>{{ config }}</pre></details>
-<script>document.querySelectorAll(".prompt").forEach((p) => { p.scrollTop = p.scrollHeight; }); // what was asked last is seen first
-</script>
 </body></html>
 """)
 

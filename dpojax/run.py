@@ -139,7 +139,7 @@ def describe_run(job: Job, policy: Policy, began: float) -> dict[str, Any]:
     libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"
     return {
-        "model": f"{source}, {policy.config.family}, {size:,.2f}M parameters, {c.model.dtype} on {c.model.param_dtype}",
+        "model": f"{source}, {policy.config.family}, {size:,.2f}M parameters, {c.model.dtype} compute, {c.model.param_dtype} stored",
         "devices": f"{devices}, {platform.platform()}",
         "versions": {"dpojax": dpojax.__version__, "Python": platform.python_version(), **libraries},
         "command": shlex.join(sys.orig_argv),

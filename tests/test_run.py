@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from runs import ROOT, command, environment, losses, numbers, rows, run, start, wait_for
@@ -25,6 +26,9 @@ def test_a_run_leaves_report_metrics_and_summary_and_compiles_each_program_once(
     assert re.search(r"^programs .*dpo_step", output, re.MULTILINE)
     page = (workdir / "report.html").read_text()
     assert "<img" in page and "http" not in page.split("</style>")[1]  # self-contained
+    facts = ("M parameters", "64 rows", "16 rows", "1 x cpu", f"jax {jax.__version__}", "dpojax.main")
+    for fact in (*facts, "Before and after", "this process took", "accuracy of the implicit rewards"):
+        assert fact in page, fact
     assert "finished" in run(files, workdir)
 
 

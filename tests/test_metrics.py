@@ -1,0 +1,65 @@
+"""What a person reads while a run goes on: rates that say something, and what is left without what compiling took."""
+
+import re
+import types
+
+import pytest
+
+from dpojax import metrics
+from dpojax.metrics import Progress
+from dpojax.stages import Stage
+
+
+@pytest.mark.parametrize(
+    ("done", "after", "line"),
+    [
+        (0, 20.0, "reading: 0 of 100 rows"),
+        (5, 20.0, "reading: 5 of 100 rows, 0.25/s, ETA 6m20s"),
+        (50, 20.0, "reading: 50 of 100 rows, 2.5/s, ETA 20.0s"),
+        (90, 2.0, "reading: 90 of 100 rows, 45/s, ETA 0.2s"),
+    ],
+)
+def test_a_progress_line_says_a_rate_only_where_there_is_one(done, after, line, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    progress = Progress("reading", 100, "rows", enabled=True, every_s=1.0)
+    progress(0)
+    now[0] += after
+    progress(done)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == line and " 0/s" not in said and not said.endswith(", ")
+
+
+def test_the_first_eta_has_no_compiling_in_it(monkeypatch):
+    """Step 1 takes 61 s, of which its program took 60 to compile: 9 more steps of a second are left."""
+    from dpojax import stages
+
+    now, said = [100.0], []
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    config = types.SimpleNamespace(log_every_steps=1)
+    job = types.SimpleNamespace(config=config, say=said.append, log=types.SimpleNamespace(write=lambda step, row: None))
+    program = types.SimpleNamespace(seconds=0.0)
+    stage = Stage(
+        name="DPO",
+        prefix="",
+        num_steps=10,
+        step_program=program,
+        batches=None,
+        schedule=lambda step: 0.1,
+        checkpoints=None,
+        meta={},
+        data=None,
+        groups=4,
+        epoch_groups=40,
+        evaluate=None,
+        flops=lambda sizes: 1.0,
+    )
+    monkeypatch.setattr(Stage, "_look_for_trouble", lambda self, job, done: None)
+    scalars = {"loss": 0.7, "grad_norm": 1.0}
+    result = types.SimpleNamespace(scalars=scalars, skipped=0)
+    monkeypatch.setattr(stages.jax, "block_until_ready", lambda x: x)
+    sizes = types.SimpleNamespace(packing=1.0, rounding=1.0)
+    program.seconds = 60.0
+    now[0] += 61.0
+    stage.finish(job, stages.Dispatched(1, result, 4, 100, sizes), 100.0)
+    assert re.search(r"4\.0 pairs/s  ETA 9\.0s$", said[0]), said
