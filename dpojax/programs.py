@@ -46,7 +46,7 @@ class Program:
     def __init__(self, name: str, function: Callable[..., Any], *, enabled: bool = True, **jit_options):
         self.name, self.enabled = name, enabled
         self.compiled, self.loaded, self.seconds = 0, 0, 0.0
-        self.said = (0, 0, 0.0)  # what of these three a person has read
+        self.said: tuple[int, int, float] = (0, 0, 0.0)  # what of these three a person has read
         self._jitted = jax.jit(function, **jit_options)
         self._executable: Any = None
 
@@ -127,9 +127,10 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> str:
     JAX's own variables rule: JAX_ENABLE_COMPILATION_CACHE=0 turns it off, JAX_COMPILATION_CACHE_DIR names another folder.
     Without them it is a folder of the user's cache directory. What is wrong with that folder stops nothing.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in environ or jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config  # which has what JAX's own variables say
+    if "JAX_COMPILATION_CACHE_DIR" in environ or settings.jax_compilation_cache_dir:
         return ""
-    if not jax.config.jax_enable_compilation_cache:
+    if not settings.jax_enable_compilation_cache:
         return ""
     folder = _user_cache(environ)
     if folder is None:
