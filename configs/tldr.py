@@ -38,7 +38,10 @@ def default() -> ConfigDict:
     c.seed = 0
     c.batch_size = 32  # pairs per step
     c.batch_groups = 0  # groups per step, for data whose groups hold different numbers of pairs
-    c.num_steps = 150
+    c.num_steps = (
+        150  # -1: num_epochs of the data; 0: nothing is trained in the preference stage (SFT alone, or evaluation alone)
+    )
+    c.num_epochs = 0.0  # in place of num_steps; 0: num_steps counts
     c.log_every_steps = 10
     c.eval_every_steps = 50
     c.checkpoint_every_steps = 100
@@ -47,14 +50,17 @@ def default() -> ConfigDict:
     c.export = False  # True writes WORKDIR/export, a Hugging Face directory
 
     c.data = ConfigDict()
-    c.data.train = ""  # .jsonl(.gz), .parquet, .arrayrecord, hf:NAME, or "" for the embedded world
-    c.data.eval = ""
+    # .jsonl(.gz), .json, .parquet, .arrayrecord, folders and globs of them, hf:NAME, comma-separated; "": the embedded world
+    c.data.train = ""
+    c.data.eval = ""  # the same, or several by name: helpful=a.jsonl,harmless=b.jsonl; "": eval_share of data.train, or none
+    c.data.eval_share = 0.0  # of data.train's prompts, held out where data.eval is ""
     c.data.seed = -1  # of its order, flipped labels and the embedded world; -1: the run's seed
     c.data.shuffle = True
     c.data.flip_labels = 0.0  # share of training pairs whose labels are swapped (ablations)
     c.data.prompt_template = ""  # e.g. '{prompt}\n\nTL;DR:'
-    c.data.max_prompt_tokens = 512  # BOS included; prompts are cut from the left
-    c.data.max_response_tokens = 128  # EOS included; responses are cut from the right
+    c.data.text_as_chat = False  # True: where there is a chat template, a prompt that is text is a user's message for it
+    c.data.max_prompt_tokens = 512  # BOS included; prompts are cut from the left; 0: half of the model's positions, 512 at most
+    c.data.max_response_tokens = 128  # EOS included; responses are cut from the right; 0: the same
     c.data.layout = "auto"  # shared (prompt once, packed), slots (the same, by parts of a row; TPU), separate (the oracle)
     c.data.row_tokens = 0  # 0: the multiple of 128 that wastes least on this data
     c.data.micro_batch_tokens = 4096  # per data shard; a step takes as many micro-batches as it needs
@@ -141,6 +147,7 @@ def default() -> ConfigDict:
     c.optim.learning_rate = 1e-4
     c.optim.schedule = "linear"  # constant, cosine
     c.optim.warmup_steps = 15
+    c.optim.warmup_ratio = 0.0  # of the run's steps, in place of warmup_steps; 0: warmup_steps counts
     c.optim.weight_decay = 0.0
     c.optim.clip_norm = 1.0
     c.optim.b1 = placeholder(float)  # unset: as published

@@ -20,7 +20,7 @@ import ml_collections
 from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.losses import F_DIVERGENCES
-from dpojax.objectives import Loss, make_loss
+from dpojax.objectives import Loss, make_loss, settings_not_taken
 
 LOGICAL_AXES = (
     *("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers", "positions", "experts", "router", "lora"),
@@ -66,14 +66,16 @@ SIZES = (
 class DataConfig:
     """Where preferences come from, and how they become rows."""
 
-    train: str  # file, hub dataset, or "" for the embedded world
-    eval: str  # file of held-out pairs
+    train: str  # files, folders and globs of them, hub datasets, comma-separated; "" = the embedded world
+    eval: str  # held-out pairs, the same way, or several by name (NAME=FILE,NAME=FILE); "" = eval_share of data.train
+    eval_share: float  # of data.train's prompts that are held out where data.eval is ""; 0 = none
     seed: int  # of its order, flipped labels and the embedded world; -1 = the run's seed
     shuffle: bool  # False keeps the file's order
     flip_labels: float  # share of training pairs whose labels are swapped, for noise ablations
     prompt_template: str  # with {prompt}; "" leaves prompts as they are
-    max_prompt_tokens: int  # BOS included; prompts are cut from the left
-    max_response_tokens: int  # EOS included; responses are cut from the right
+    text_as_chat: bool  # where there is a chat template, a prompt that is text is a user's message for it
+    max_prompt_tokens: int  # BOS included; prompts are cut from the left; 0 = half of the model's positions, 512 at most
+    max_response_tokens: int  # EOS included; responses are cut from the right; 0 = half of the model's positions, 512 at most
     layout: str  # of rows: prompts once and packed (shared), by parts of a row (slots; TPU), one response a row (separate, the oracle)
     row_tokens: int  # 0 = derived from the data
     micro_batch_tokens: int  # tokens of a micro-batch on each data shard
@@ -187,6 +189,7 @@ class OptimConfig:
     learning_rate: float  # at its peak
     schedule: str  # of the rate after warmup; linear and cosine end at 0
     warmup_steps: int  # over which the rate rises to its peak
+    warmup_ratio: float  # of the run's steps, in place of warmup_steps; 0 = warmup_steps counts
     weight_decay: float  # not on norms and biases
     clip_norm: float  # inf = no clipping
     b1: float | None  # first moment's decay
@@ -245,7 +248,8 @@ class Config:
     seed: int  # of weights, order and samples
     batch_size: int  # pairs per step
     batch_groups: int  # groups per step, where the number of pairs per group varies; else 0
-    num_steps: int  # of the preference stage
+    num_steps: int  # of the preference stage; -1 = num_epochs of the data; 0 = none: SFT or evaluation alone
+    num_epochs: float  # in place of num_steps; 0 = num_steps counts
     log_every_steps: int  # in metrics.jsonl and on the terminal
     eval_every_steps: int  # on the held-out pairs
     checkpoint_every_steps: int  # and after the last step
@@ -264,9 +268,39 @@ class Config:
     sample: SampleConfig
 
     @property
+    def embedded(self) -> bool:
+        """Whether the embedded world is the data. An evaluation alone needs no data.train."""
+        return not self.data.train and not self.data.eval
+
+    @property
     def data_seed(self) -> int:
         """The seed of everything about the data."""
         return self.seed if self.data.seed < 0 else self.data.seed
+
+
+# The longest prompt and the longest response where the limits are 0: 1,024 tokens together, as TRL's default is.
+MAX_AUTO_TOKENS = 512
+
+
+def with_limits(config: Config, max_positions: int) -> Config:
+    """The config with data.max_prompt_tokens and data.max_response_tokens set, for a model of so many positions."""
+    half = min(MAX_AUTO_TOKENS, max(2, max_positions // 2))
+    limits = {
+        "max_prompt_tokens": config.data.max_prompt_tokens or half,
+        "max_response_tokens": config.data.max_response_tokens or half,
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **limits))
+
+
+def with_steps(config: Config, epoch_steps: float) -> Config:
+    """The config with num_steps and optim.warmup_steps set, for training data that lasts `epoch_steps` steps."""
+    num_steps = config.num_steps
+    if num_steps < 0:
+        num_steps = max(1, math.ceil(config.num_epochs * epoch_steps - 1e-6))
+    optim = config.optim
+    if optim.warmup_ratio:
+        optim = dataclasses.replace(optim, warmup_steps=round(optim.warmup_ratio * num_steps), warmup_ratio=0.0)
+    return dataclasses.replace(config, num_steps=num_steps, num_epochs=0.0, optim=optim)
 
 
 def resolved_mode(config: Config) -> str:
@@ -353,12 +387,12 @@ def _validate(config: Config) -> None:
         "data.seed": (config.data.seed, -1),
         "batch_size": (config.batch_size, 1),
         "batch_groups": (config.batch_groups, 0),
-        "num_steps": (config.num_steps, 1),
+        "num_steps": (config.num_steps, -1),
         "log_every_steps": (config.log_every_steps, 1),
         "eval_every_steps": (config.eval_every_steps, 1),
         "checkpoint_every_steps": (config.checkpoint_every_steps, 1),
-        "data.max_prompt_tokens": (config.data.max_prompt_tokens, 2),
-        "data.max_response_tokens": (config.data.max_response_tokens, 1),
+        "data.max_prompt_tokens": (config.data.max_prompt_tokens, 0),
+        "data.max_response_tokens": (config.data.max_response_tokens, 0),
         "data.row_tokens": (config.data.row_tokens, 0),
         "data.micro_batch_tokens": (config.data.micro_batch_tokens, 1),
         "data.eval_max_pairs": (config.data.eval_max_pairs, 0),
@@ -391,6 +425,22 @@ def _validate(config: Config) -> None:
         near = did_you_mean(name, CHANGEABLE)
         _require(name in CHANGEABLE, "checkpoint.allow_changed", name, f"names out of {', '.join(CHANGEABLE)}{near}")
     _require(0 <= config.data.flip_labels <= 1, "data.flip_labels", config.data.flip_labels, "in [0, 1]")
+    prompt_tokens = config.data.max_prompt_tokens
+    _require(prompt_tokens != 1, "data.max_prompt_tokens", prompt_tokens, "at least 2, or 0 for the model's own")
+    share, ratio, epochs = config.data.eval_share, config.optim.warmup_ratio, config.num_epochs
+    _require(0 <= share < 1, "data.eval_share", share, "in [0, 1)")
+    _require(0 <= ratio < 1, "optim.warmup_ratio", ratio, "in [0, 1)")
+    _require(math.isfinite(epochs) and 0 <= epochs <= 10**6, "num_epochs", epochs, "in [0, 1e6]")
+    if config.num_steps < 0:
+        _require(epochs > 0, "num_epochs", epochs, "> 0, as num_steps is -1")
+    elif epochs:
+        raise ConfigError(
+            f"num_steps is {config.num_steps} while num_epochs is {epochs:g}; set one of them: num_steps=-1, or num_epochs=0"
+        )
+    if ratio and config.optim.warmup_steps:
+        raise ConfigError(
+            f"optim.warmup_steps is {config.optim.warmup_steps} while optim.warmup_ratio is {ratio:g}; set one of them to 0"
+        )
     _require(0 <= config.data.max_bad_share <= 1, "data.max_bad_share", config.data.max_bad_share, "in [0, 1]")
     temperature, top_p = config.sample.temperature, config.sample.top_p
     _require(math.isfinite(temperature) and temperature >= 0, "sample.temperature", temperature, "finite and >= 0")
@@ -408,11 +458,15 @@ def _validate(config: Config) -> None:
         for size in SIZES:
             value = getattr(config.model, size)
             _require(value is not None, f"model.{size}", value, "set, as model.init is '' (random weights)")
-    if config.data.train and not config.data.eval:
-        raise ConfigError("data.eval is '' while data.train is set; name a file of held-out pairs")
+    if share and not config.data.train:
+        _require(False, "data.eval_share", share, "0, as data.train is '': the embedded world holds out pairs of its own")
+    if config.sft.num_steps and not config.data.train and not config.embedded:
+        raise ConfigError(f"data.train is '' while sft.num_steps is {config.sft.num_steps}; name a file to train on")
+    if share and config.data.eval:
+        raise ConfigError(f"data.eval_share is {share:g} while data.eval is {config.data.eval!r}; set one of the two")
     own = {"tokenizer": config.tokenizer, "model.init": config.model.init, "data.eval": config.data.eval}
     for name, value in {**own, "sft.data": config.sft.data}.items():
-        if value and not config.data.train:
+        if value and not config.data.train and not (config.data.eval and config.num_steps == 0):
             raise ConfigError(f"{name} is {value!r} but data.train is ''; the embedded world brings its own; set data.train")
     _validate_loss(config)
 
@@ -489,12 +543,48 @@ def from_config_dict(values: ml_collections.ConfigDict, *, overridden: frozenset
             model[size] = None
         if defines == "init":
             model["shape"] = ""
+    if isinstance(tree, dict):
+        _drop_defaults(tree, overridden)
     config = _from_dict(Config, tree, "")
     if config.sft.num_steps == -1:
         steps = 0 if config.model.init else config.sft.steps_from_random
         config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, num_steps=steps))
     _validate(config)
     return config
+
+
+# Settings that say the same in two ways: what the command line sets turns the other one, a config's default, off.
+ALTERNATIVES = (
+    ("num_steps", -1, "num_epochs", 0.0),
+    ("optim.warmup_steps", 0, "optim.warmup_ratio", 0.0),
+    ("data.eval", "", "data.eval_share", 0.0),
+)
+
+
+def _section(tree: dict, key: str) -> tuple[dict, str]:
+    """The section of plain settings that holds a dotted key, {} if there is none, and the key's last part."""
+    *sections, last = key.split(".")
+    node = tree
+    for name in sections:
+        inner = node.get(name)
+        node = inner if isinstance(inner, dict) else {}
+    return node, last
+
+
+def _drop_defaults(tree: dict, overridden: frozenset[str]) -> None:
+    """Turns off the config's defaults that stand against what the command line sets, in place."""
+    for first, first_off, second, second_off in ALTERNATIVES:
+        for given, given_off, key, off in ((first, first_off, second, second_off), (second, second_off, first, first_off)):
+            node, last = _section(tree, key)
+            given_node, given_last = _section(tree, given)
+            is_set = given in overridden and given_node.get(given_last) != given_off
+            if is_set and key not in overridden and last in node:
+                node[last] = off
+    loss = tree.get("loss")
+    if "loss.name" in overridden and isinstance(loss, dict) and isinstance(loss.get("name"), str):
+        for key in settings_not_taken(loss["name"], loss):
+            if f"loss.{key}" not in overridden:
+                loss[key] = None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """config.data -> the datasets of a run, indexed: from files, or from the embedded world."""
 
+import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dpojax.data import world
 from dpojax.data.index import Dataset, Index, load_or_build_index
-from dpojax.data.records import Records, open_records
+from dpojax.data.records import Records
+from dpojax.data.sources import Part, open_named, open_sources
 from dpojax.data.tokens import TOKENIZER_NAMES, Limits, Tokenizer, chat_template, load_tokenizer, mask_ids
 from dpojax.data.triples import RowReader
 from dpojax.errors import ConfigError, DataError
@@ -22,12 +26,14 @@ class Data(NamedTuple):
     """The datasets of a run, indexed."""
 
     tokenizer: Tokenizer | None
-    train: Dataset
+    train: Dataset  # of the preference stage; where there is none, the rows of the SFT stage
     train_index: Index
-    eval: Dataset
-    eval_index: Index
+    eval: Dataset | None  # held-out preferences; None: there are none
+    eval_index: Index | None
+    eval_parts: tuple[Part, ...]  # their names, where data.eval gives some
     sft: Dataset | None
     sft_index: Index | None
+    has_preferences: bool = True  # False: the SFT stage is all that the run has data for
 
 
 def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0) -> tuple[Dataset, Index]:
@@ -44,7 +50,7 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
         job.workdir / "cache",
         on_bad_line=config.on_bad_line,
         max_bad_share=config.max_bad_share,
-        write=job.main_process,
+        write=job.write,
         progress=progress,
     )
     absent = [i for i in sorted(masked) if f"masked/{i}" not in index.counts]
@@ -66,36 +72,109 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
     return data, index
 
 
+class _Sources(NamedTuple):
+    """What a run reads, before it is indexed."""
+
+    tokenizer: Tokenizer | None
+    train: Records
+    eval: Records | None  # None: a share of `train`, or nothing
+    eval_parts: tuple[Part, ...]
+    sft: Records | None
+
+
+def _open_sources(job: Job) -> _Sources:
+    config = job.config
+    want_sft = config.sft.num_steps > 0
+    if config.embedded:
+        made = world.make_world(config.data_seed)
+        job.say(f"embedded world: {made.train.size:,} pairs, {made.eval.size} held out, {made.tokenizer.vocab_size} pieces")
+        return _Sources(made.tokenizer, made.train, made.eval, (), made.demonstrations if want_sft else None)
+    place = config.tokenizer or tokenizer_of(config.model.init)
+    tokenizer = load_tokenizer(place) if place else None
+    held_out, parts = open_named(config.data.eval, "data.eval") if config.data.eval else (None, ())
+    train = open_sources(config.data.train, "data.train") if config.data.train else None
+    sft = None
+    if want_sft:
+        sft = open_sources(config.sft.data, "sft.data") if config.sft.data else train
+    if train is None:
+        assert held_out is not None  # the config is refused otherwise
+        train = held_out
+    return _Sources(tokenizer, train, held_out, parts, sft)
+
+
 def open_data(job: Job) -> Data:
     """The run's datasets.
 
     Raises: ConfigError for missing files or processes that see different data, DataError for their contents.
     """
     config = job.config
-    want_sft = config.sft.num_steps > 0
-    sft_records = None
-    if config.data.train:
-        place = config.tokenizer or tokenizer_of(config.model.init)
-        tokenizer = load_tokenizer(place) if place else None
-        train, evaluation = open_records(config.data.train), open_records(config.data.eval)
-        if want_sft:
-            sft_records = open_records(config.sft.data) if config.sft.data else train
-    else:
-        made = world.make_world(config.data_seed)
-        tokenizer, train, evaluation = made.tokenizer, made.train, made.eval
-        sft_records = made.demonstrations if want_sft else None
-        job.say(f"embedded world: {train.size:,} pairs, {evaluation.size} held out, {tokenizer.vocab_size} pieces")
-    opened = [r.fingerprint for r in (train, evaluation, sft_records) if r] + [tokenizer.fingerprint if tokenizer else ""]
+    tokenizer, train_records, eval_records, parts, sft_records = sources = _open_sources(job)
+    opened = [r.fingerprint for r in sources[1:] if isinstance(r, Records)] + [tokenizer.fingerprint if tokenizer else ""]
     same_everywhere("data or tokenizer", hashlib.sha256(repr(opened).encode()).hexdigest())
-    sft = _open_dataset(job, sft_records, tokenizer, kind="sft") if sft_records else (None, None)
+    sft, sft_index = _open_dataset(job, sft_records, tokenizer, kind="sft") if sft_records else (None, None)
     loss = config.loss.make()
     kind = "unpaired" if loss.unpaired else "pairs"
-    found = []
-    for records, flip in ((train, config.data.flip_labels), (evaluation, 0.0)):
-        data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
-        _check_pairs(data, index, loss)
-        found += [data, index.with_mismatched(config.data_seed) if loss.needs("mismatched") else index]
-    return Data._make([tokenizer, *found, *sft])
+    open_preferences = functools.partial(_open_dataset, job, tokenizer=tokenizer, kind=kind)
+    evaluation, eval_index = (None, None) if eval_records is None else open_preferences(eval_records)
+    if evaluation is not None and eval_index is not None:
+        _check_pairs(evaluation, eval_index, loss)
+        eval_index = _first_of_each(eval_index, parts, config.data.eval_max_pairs)
+    if config.num_steps == 0:
+        # Nothing is trained on preferences: those that are evaluated stand for the training data.
+        if evaluation is None and sft is None:
+            evaluation, eval_index = open_preferences(train_records)
+            _check_pairs(evaluation, eval_index, loss)
+        if evaluation is None or eval_index is None:
+            assert sft is not None and sft_index is not None
+            return Data(tokenizer, sft, sft_index, None, None, (), sft, sft_index, has_preferences=False)
+        train, train_index = evaluation, eval_index
+    else:
+        train, train_index = open_preferences(train_records, flip=config.data.flip_labels)
+        _check_pairs(train, train_index, loss)
+        if config.data.eval_share:
+            held_out = train_index.drawn_prompts(config.data.eval_share, config.data_seed)
+            evaluation, eval_index = dataclasses.replace(train, flip_labels=0.0), train_index
+            if config.data.flip_labels:
+                evaluation, eval_index = open_preferences(train_records)
+            eval_index = _only(eval_index, held_out, True)
+            train_index = _only(train_index, held_out, False)
+            if sft_index is not None and sft_records is train_records:
+                sft_index = _only(sft_index, held_out, False)
+            job.say(
+                f"held out: {len(held_out):,} prompts of {train_records.name} with {len(eval_index.rows):,} rows "
+                f"(data.eval_share={config.data.eval_share:g})"
+            )
+    if loss.needs("mismatched"):
+        train_index = train_index.with_mismatched(config.data_seed)
+        eval_index = None if eval_index is None else eval_index.with_mismatched(config.data_seed)
+    return Data(tokenizer, train, train_index, evaluation, eval_index, parts, sft, sft_index)
+
+
+def _only(index: Index, prompts: np.ndarray, inside: bool) -> Index:
+    """The groups whose prompts are, or are not, among these hashes; with the counts of what stays.
+
+    Raises: ConfigError if nothing stays.
+    """
+    kept = np.flatnonzero(np.isin(index.prompt_hashes, prompts) == inside)
+    if not len(kept):
+        raise ConfigError("data.eval_share: it leaves no row to train on; name a file in data.eval")
+    return index.select(kept)._replace(counts={**index.counts, "used": len(kept)})
+
+
+def _first_of_each(index: Index, parts: Sequence[Part], max_pairs: int) -> Index:
+    """The first `max_pairs` pairs of every named part (0: all of them); without names, everything.
+
+    Raises: ConfigError if a part holds no usable row.
+    """
+    if not parts:
+        return index
+    kept = []
+    for part in parts:
+        groups = np.flatnonzero((index.rows >= part.start) & (index.rows < part.stop))
+        if not len(groups):
+            raise ConfigError(f"data.eval: none of the rows of {part.name!r} is usable")
+        kept.append(groups[: index.select(groups).groups_within(max_pairs)])
+    return index.select(np.concatenate(kept))
 
 
 def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 
 from dpojax import reference, sampling, sharding, winrate
 from dpojax.config import Config
+from dpojax.data.index import Dataset, Index
 from dpojax.data.pipeline import PackGroups, eval_batches
+from dpojax.data.sources import Part
 from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError, NumericsError
@@ -54,22 +57,30 @@ def check_finite(results: PairResults, pack: PackGroups) -> None:
                 )
 
 
-def eval_scalars(r: PairResults, loss: Loss) -> dict[str, float]:
-    """The metrics of the training step with the prefix eval_, over the held-out pairs."""
+def eval_scalars(r: PairResults, loss: Loss, parts: Sequence[Part] = ()) -> dict[str, float]:
+    """The metrics of the training step with the prefix eval_, over the held-out pairs; of a named part with eval_NAME_."""
+    found = _scalars(r, loss, "eval_")
+    for part in parts:
+        inside = (r.row_id >= part.start) & (r.row_id < part.stop)
+        found |= _scalars(jax.tree.map(lambda x, inside=inside: x[inside], r), loss, f"eval_{part.name}_")
+    return found
+
+
+def _scalars(r: PairResults, loss: Loss, prefix: str) -> dict[str, float]:
     means = pair_scalars(r, unpaired=loss.unpaired, mismatched=loss.needs("mismatched"))
     scalars = {"loss": np.mean(r.loss), **means}
-    return {f"eval_{k}": float(v) for k, v in scalars.items()}
+    return {f"{prefix}{k}": float(v) for k, v in scalars.items()}
 
 
 class Sampling:
     """Answers to held-out prompts: from the policy alone for its KL while it trains, and side by side with the reference."""
 
     def __init__(self, job: Job, data: Data, policy: Policy):
-        assert data.tokenizer is not None
-        self.job, self.data, self.tokenizer = job, data, data.tokenizer
+        assert data.tokenizer is not None and data.eval is not None and data.eval_index is not None
+        self.job, self.tokenizer, self.eval_data = job, data.tokenizer, data.eval
         c = job.config.sample
         shards = sharding.num_shards(job.mesh)
-        self.rows, self.prompts = _distinct_prompts(data, c.num_prompts)
+        self.rows, self.prompts = _distinct_prompts(data.eval, data.eval_index, c.num_prompts)
         batch_size = sampling.whole_batch(c.batch_size, len(self.rows), job.mesh)
         width = sampling.prompt_width(self.prompts)
         check_positions(policy.config, max(map(len, self.prompts)) + c.max_new_tokens, "sample.max_new_tokens")
@@ -141,7 +152,7 @@ class Sampling:
         self._of_reference = (ref, sampled["reference"])
         texts = {name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids] for name, ids in sampled.items()}
         result = {"prompts": [tokenizer.decode(p) for p in self.prompts], "texts": texts, "ids": sampled}
-        asked = (self.data.eval.text_group(row).prompt for row in self.rows)
+        asked = (self.eval_data.text_group(row).prompt for row in self.rows)
         result["prompt_texts"] = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked]
         if self.from_the_policy:
             log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
@@ -149,11 +160,11 @@ class Sampling:
         return result
 
 
-def _distinct_prompts(data: Data, limit: int) -> tuple[list[int], list[list[int]]]:
+def _distinct_prompts(data: Dataset, index: Index, limit: int) -> tuple[list[int], list[list[int]]]:
     """The first `limit` held-out prompts, each once: (source rows, token ids). Published files repeat theirs."""
     found: dict[tuple[int, ...], int] = {}
-    for row in data.eval_index.rows.tolist():
-        found.setdefault(tuple(data.eval.token_group(row)[0].prompt.tolist()), row)
+    for row in index.rows.tolist():
+        found.setdefault(tuple(data.token_group(row)[0].prompt.tolist()), row)
         if len(found) == limit:
             break
     return list(found.values()), list(map(list, found))
@@ -165,7 +176,7 @@ def _without_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def reward_name(config: Config) -> str:
     """The function that judges samples: sample.reward, or the embedded world's own where the world is the data; else ""."""
-    return config.sample.reward or ("" if config.data.train else WORLD_REWARD)
+    return config.sample.reward or (WORLD_REWARD if config.embedded else "")
 
 
 def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:

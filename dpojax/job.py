@@ -1,7 +1,9 @@
 """What every part of a run shares: config, folder, mesh, logs, counted programs, and the question when to stop."""
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -36,6 +38,11 @@ class Job:
     log: MetricsLog
     stop: Stop
     programs: dict[str, Program] = dataclasses.field(default_factory=dict)
+    committed: bool = False  # whether nothing can be refused any more, so that the workdir may change
+    _deferred: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        self.asked = self.config  # `config` gets what only data and weights tell: steps, limits
 
     @property
     def main_process(self) -> bool:
@@ -69,10 +76,33 @@ class Job:
         """A progress line from process 0."""
         return Progress(name, total, unit, enabled=self.main_process)
 
-    def write_file(self, name: str, text: str, *, append: bool = False) -> None:
-        """Writes a file of the workdir from process 0, whole or not at all; one that cannot be written stops nothing."""
+    def write(self, change: Callable[[], None]) -> None:
+        """Makes a change of the workdir from process 0: now, or, before the run is known to be sound, at `commit`.
+
+        A run that is refused must leave the workdir as it was: what lies there belongs to another run.
+        """
         if not self.main_process:
             return
+        if self.committed:
+            change()
+        else:
+            self._deferred.append(change)
+
+    def commit(self) -> None:
+        """Nothing can be refused any more: the changes that waited are made, and later ones at once."""
+        self.committed = True
+        waiting, self._deferred = self._deferred, []
+        for change in waiting:
+            change()
+
+    def write_file(self, name: str, text: str, *, append: bool = False) -> None:
+        """Writes a file of the workdir from process 0, whole or not at all; one that cannot be written stops nothing.
+
+        It waits for `commit`, as every change of the workdir does.
+        """
+        self.write(functools.partial(self._write_file, name, text, append=append))
+
+    def _write_file(self, name: str, text: str, *, append: bool) -> None:
         path = self.workdir / name
         try:
             if append:

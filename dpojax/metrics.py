@@ -50,12 +50,7 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, *, enabled: bool):
         self.path, self.enabled, self.broken = workdir / "metrics.jsonl", enabled, False
-        self._board = None
-        if enabled:
-            try:
-                self._board = _summary_writer(workdir / "tensorboard")
-            except OSError as error:
-                self._complain(error)
+        self._board: Any = None  # opened with the first row: a run that is refused leaves no file behind
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far; a last line that was cut off by a kill is left out."""
@@ -88,10 +83,11 @@ class MetricsLog:
         try:
             with self.path.open("a") as file:
                 file.write(finite_json(row) + "\n")
-            if self._board is not None:
-                for key, value in scalars.items():
-                    if math.isfinite(value):  # TensorBoard draws nothing for the others, and warns of each
-                        self._board.add_scalar(key, value, step)
+            if self._board is None:
+                self._board = _summary_writer(self.path.parent / "tensorboard")
+            for key, value in scalars.items():
+                if math.isfinite(value):  # TensorBoard draws nothing for the others, and warns of each
+                    self._board.add_scalar(key, value, step)
         except OSError as error:
             self._complain(error)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean
 from dpojax.functions import file_digest, load_function
 from dpojax.losses import F_DIVERGENCES, OBJECTIVES, Objective, PairInfo, PairLogps, Pairs, known, sft_loss
@@ -290,6 +291,27 @@ def _instead(key: str, takes: list[str]) -> str:
     return did_you_mean(key, takes)
 
 
+def _taken(rows: list[Objective], given: Mapping[str, Any]) -> list[str]:
+    """The settings that a sum of these objectives takes, where these are given."""
+    takes = _settings_of(rows, sft_beside=bool(given.get("sft_weight")))
+    if "f_divergence" in takes and given.get("f_divergence") == "alpha":
+        takes.append("f_alpha")
+    return takes
+
+
+def settings_not_taken(name: str, settings: Mapping[str, Any]) -> set[str]:
+    """The names of the settings (fields of config.loss) that are set and that the objective does not take.
+
+    None for a name that `make_loss` refuses.
+    """
+    given = {key: value for key, value in settings.items() if value is not None and key in RANGES}
+    try:
+        rows = [_find(term) for _, _, term in _parse(name)]
+    except (ValueError, ConfigError):
+        return set()
+    return set(given) - set(_taken(rows, given))
+
+
 def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings: Any) -> Loss:
     """The loss that a config names.
 
@@ -305,9 +327,7 @@ def make_loss(name: str, *, extra: Mapping[str, float] | None = None, **settings
             raise ValueError(f"loss.extra.{key} is a setting of loss itself: set loss.{key}")
     given |= dict(extra or {})
     rows = [(weight, wpo, own, _find(own)) for weight, wpo, own in _parse(name)]
-    takes = _settings_of([row for *_, row in rows], sft_beside=bool(given.get("sft_weight")))
-    if "f_divergence" in takes and given.get("f_divergence") == "alpha":
-        takes.append("f_alpha")
+    takes = _taken([row for *_, row in rows], given)
     for key, value in given.items():
         for beside, needed in {"f_alpha": ("f_divergence", "alpha"), "sft_normalize": ("sft_weight", "0.2")}.items():
             if key == beside and key not in takes and needed[0] in takes:

@@ -6,13 +6,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dpojax import checkpoint, evaluate, reference, selfcheck, sharding, winrate
-from dpojax.config import bound_dtype, frozen_dtype, resolved_mode, to_dict
+from dpojax.config import bound_dtype, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import PackGroups, groups_per_step
 from dpojax.data.tokens import copy_companions
@@ -21,8 +21,19 @@ from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.models import lora
 from dpojax.models.table import num_params
-from dpojax.policy import Policy, adapted, build_model, fitted, initial_adapters, kernel_name, open_policy, reference_params
-from dpojax.stages import batch_shape, describe_rows, packer, params_before_dpo
+from dpojax.policy import (
+    Policy,
+    adapted,
+    build_model,
+    fitted,
+    initial_adapters,
+    kernel_name,
+    open_policy,
+    random_model,
+    reference_params,
+    starting_weights,
+)
+from dpojax.stages import batch_shape, check_workdir, describe_rows, known_fingerprints, packer, params_before_dpo
 from dpojax.train import make_token_logps_step
 
 
@@ -39,25 +50,34 @@ class Opened:
     full: Callable[[Any], Any]  # trained parameters -> the policy's
     groups: int  # per step
     train_pack: PackGroups
-    eval_pack: PackGroups
+    eval_pack: PackGroups | None  # None: there are no held-out preferences
     weights: dict[str, str]  # checksums of the reference's parameters
     own_weights: dict[str, str]  # and of the policy's before the stage
     sampler: evaluate.Sampling | None
     check: selfcheck.CheckResult | None
 
 
-def open_run(job: Job) -> Opened:
+class Inputs(NamedTuple):
+    """What is known of a run before any parameter is read."""
+
+    data: Data
+    policy: Policy
+    groups: int  # per step
+
+
+def open_run(job: Job, inputs: Inputs, objective: Any) -> Opened:
     """Opens everything, after the SFT stage where there is one.
 
+    Nothing of the workdir is changed before it is known that the run may go on in it.
+
+    Args:
+      inputs: from `open_inputs`; they hold preferences.
+      objective: what tells the objective, for the checkpoint's fingerprints.
     Raises: DpojaxError for what a user can mend.
     """
+    data, policy, groups = inputs
     config = job.config
-    if config.sample.num_prompts and evaluate.reward_name(config):
-        winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
-    data = open_data(job)
-    policy = open_policy(job, data)
-    write_settings(job, data, policy)
-
+    resumed = check_workdir(job, known_fingerprints(job, data.train, policy, objective))
     params = params_before_dpo(job, data, policy)
     mode = resolved_mode(config)
     other = reference_params(job, policy) if config.reference.init else None
@@ -70,8 +90,7 @@ def open_run(job: Job) -> Opened:
         ref = base
     else:
         ref = reference.open_live(job, policy, params if other is None else other)
-    groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
-    shape = batch_shape(job, policy, [data.train_index, data.eval_index], groups)
+    shape = batch_shape(job, policy, [i for i in (data.train_index, data.eval_index) if i is not None], groups)
     kernel, reason = kernel_name(job, policy.config, shape.layout)
     job.say(f"{describe_rows(shape)}, attention {kernel}{f' ({reason})' if reason else ''}")
     anywhere, policy = policy, fitted(job, policy, shape)
@@ -93,20 +112,59 @@ def open_run(job: Job) -> Opened:
     differs = ref is not None and (frozen_dtype(config) != own_dtype or bool(config.reference.init))
     own_ref = full(params) if differs else ref
     check = _self_check(job, data, policy, full(params), own_ref, shape)
+    sampler = None
+    if config.sample.num_prompts and data.tokenizer is not None:
+        if data.eval is None:
+            job.say("no held-out prompts: nothing is sampled for the report (data.eval or data.eval_share gives some)")
+        else:
+            sampler = evaluate.Sampling(job, data, anywhere)
+    if resumed is None:  # a checkpoint that is there is still to be read and compared, weights included
+        job.commit()
     caches: tuple[Any, Any] = (None, None)
     if mode == "cached":
         caches, ref = reference.open_caches(job, data, policy, ref, weights, shape, groups), None
-    sampler = evaluate.Sampling(job, data, anywhere) if config.sample.num_prompts and data.tokenizer is not None else None
-    eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
+    eval_pack = None
+    if data.eval is not None and data.eval_index is not None:
+        eval_pack = packer(job, data.eval, data.eval_index, shape, caches[1])
     train_pack = packer(job, data.train, data.train_index, shape, caches[0])
     packs = dict(train_pack=train_pack, eval_pack=eval_pack)
     rest = dict(weights=weights, own_weights=own_weights, sampler=sampler, check=check)
     return Opened(data, policy, trained, params, base, ref, full, groups, **packs, **rest)
 
 
+def open_inputs(job: Job) -> Inputs:
+    """Data, policy and groups per step, before any parameter is read; completes job.config by what they tell.
+
+    Nothing of the workdir is changed: settings and caches wait for job.commit.
+    Raises: DpojaxError for what a user can mend.
+    """
+    config = job.config
+    weights = starting_weights(config)  # first of all: a model that is not there is said before anything else
+    if config.sample.num_prompts and evaluate.reward_name(config):
+        winrate.load_reward(evaluate.reward_name(config))  # a misspelt one fails now, not after training
+    positions = random_model(config, 1).max_positions if weights is None else weights.config.max_positions
+    job.config = with_limits(config, positions)
+    data = open_data(job)
+    if data.eval_parts:  # each of them was cut to its first pairs already
+        job.config = dataclasses.replace(job.config, data=dataclasses.replace(job.config.data, eval_max_pairs=0))
+    policy = open_policy(job, data, weights)
+    groups, epoch_steps = 1, 1.0
+    if data.has_preferences:
+        groups = groups_per_step(data.train_index, batch_size=config.batch_size, batch_groups=config.batch_groups)
+        epoch_steps = len(data.train_index.rows) / groups
+    job.config = with_steps(job.config, epoch_steps)
+    if data.has_preferences and job.config.num_steps:
+        job.say(
+            f"training: {job.config.num_steps:,} steps of {groups} prompts with {len(data.train_index.chosen) / epoch_steps:.3g} "
+            f"{'responses' if config.loss.make().unpaired else 'pairs'}, {job.config.num_steps / epoch_steps:.3g} epochs"
+        )
+    job.write(functools.partial(write_settings, job, data, policy))
+    return Inputs(data, policy, groups)
+
+
 def write_settings(job: Job, data: Data, policy: Policy) -> None:
     """run.json and the tokenizer, so that the workdir can be used as a config and as model.init."""
-    job.write_file("run.json", json.dumps(to_dict(job.config), indent=2) + "\n")
+    job.write_file("run.json", json.dumps(to_dict(job.asked), indent=2) + "\n")
     if not job.main_process:
         return
     folder = job.workdir / "tokenizer"

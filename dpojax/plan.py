@@ -32,7 +32,7 @@ import numpy as np
 
 from dpojax import sharding
 from dpojax.collectives import BETWEEN, Traffic, collective_traffic
-from dpojax.config import Config, apply_override, from_config_dict, load_config_file, resolved_mode
+from dpojax.config import Config, apply_override, from_config_dict, load_config_file, resolved_mode, with_limits, with_steps
 from dpojax.data.lengths import QUANTILES, draw_lengths
 from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.data.pipeline import Lengths, Steps
@@ -157,6 +157,8 @@ def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     mesh = sharding.config_mesh(dataclasses.replace(config.mesh, num_slices=topology.num_slices), topology.devices)
     job = Job(config, pathlib.Path(), mesh, MetricsLog(pathlib.Path(), enabled=False), NeverStop())
     model = planned_model(config)
+    # A plan knows no data: its step is the same whatever the number of steps.
+    job.config = config = with_steps(with_limits(config, model.max_positions), 1.0)
     drawn = draw_lengths(lengths, max_prompt=config.data.max_prompt_tokens, max_response=config.data.max_response_tokens)
     policy = describe(job, model)
     shape = batch_shape(job, policy, [drawn], config.batch_size)
@@ -517,14 +519,16 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     args, rest = parser().parse_known_args(argv)
     try:
-        values = load_config_file(args.config)
+        values, overridden = load_config_file(args.config), set()
         for flag in rest:
             name, equals, text = flag.partition("=")
             if not name.startswith("--config.") or not equals:
                 near = parser().nearest(name)
                 raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE{near}")
-            apply_override(values, name.removeprefix("--config."), text)
-        config = from_config_dict(values)
+            key = name.removeprefix("--config.")
+            apply_override(values, key, text)
+            overridden.add(key)
+        config = from_config_dict(values, overridden=frozenset(overridden))
         if args.lengths not in (*QUANTILES, "full"):
             near = did_you_mean(args.lengths, (*QUANTILES, "full"))
             raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full{near}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax import sharding
-from dpojax.config import SIZES
+from dpojax.config import SIZES, Config
 from dpojax.data.packing import PackShape
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
@@ -31,28 +31,33 @@ class Policy(NamedTuple):
     weights: Weights | None  # what they start from; None: random
 
 
-def _open_weights(job: Job, data: Data) -> tuple[Weights | None, ModelConfig]:
-    """Where the parameters come from, and what decoder they belong to."""
-    section = job.config.model
-    if section.init:
-        found = open_weights(section.init, ignore=ignored_fields(section.ignore_fields))
-        return found, found.config
+def starting_weights(config: Config) -> Weights | None:
+    """What the policy starts from, before any of it is read; None: random weights. Raises: ConfigError if it is not there."""
+    section = config.model
+    return open_weights(section.init, ignore=ignored_fields(section.ignore_fields)) if section.init else None
+
+
+def random_model(config: Config, vocab_size: int) -> ModelConfig:
+    """The decoder of random weights: model.shape, or the sizes of the config. Raises: ConfigError for sizes that do not fit."""
+    section = config.model
     if section.shape:
-        return None, read_shape(section.shape, ignore=ignored_fields(section.ignore_fields))
-    assert data.tokenizer is not None
+        return read_shape(section.shape, ignore=ignored_fields(section.ignore_fields))
     try:
-        return None, ModelConfig(vocab_size=data.tokenizer.vocab_size, **{s: getattr(section, s) for s in SIZES})
+        return ModelConfig(vocab_size=vocab_size, **{s: getattr(section, s) for s in SIZES})
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def open_policy(job: Job, data: Data) -> Policy:
-    """The policy's model, before any of its parameters is read.
+def open_policy(job: Job, data: Data, weights: Weights | None) -> Policy:
+    """The policy's model, before any of its parameters is read; `weights` are what it starts from.
 
-    Raises: ConfigError if there is no such model, or it does not belong to the tokenizer or the token ids.
+    Raises: ConfigError if it does not belong to the tokenizer or the token ids.
     """
     section = job.config.model
-    weights, config = _open_weights(job, data)
+    if weights is None and not section.shape and data.tokenizer is None:
+        raise ConfigError("model.init and tokenizer are ''; random weights take the size of their vocabulary from a tokenizer")
+    vocab_size = data.tokenizer.vocab_size if data.tokenizer is not None else 0
+    config = random_model(job.config, vocab_size) if weights is None else weights.config
     if data.tokenizer is not None and data.tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {data.tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows; "

@@ -129,7 +129,7 @@ def _check_finite(values: np.ndarray, starts: np.ndarray, pack: PackGroups) -> N
 
 def open_caches(
     job: Job, data: Data, policy: Policy, ref: Any, weights: dict[str, str], shape: PackShape, groups: int
-) -> tuple[ReferenceCache, ReferenceCache]:
+) -> tuple[ReferenceCache, ReferenceCache | None]:
     """The cached reference of training and evaluation data: loaded and checked on a sample, or computed from `ref`.
 
     A cache is stored under a key made from the weights' checksums, the model, the token ids and the precision.
@@ -142,6 +142,7 @@ def open_caches(
 
     def open_one(name: str, dataset: Dataset, index: Index) -> ReferenceCache:
         other = [] if index.mismatched is None else [hashlib.sha256(index.mismatched.tobytes()).hexdigest()]
+        other.append(hashlib.sha256(index.rows.tobytes()).hexdigest())  # rows may be held out
         key = digest([1, sorted(weights.items()), model, dataset.fingerprint(), precision, *other])
         path = job.workdir / "cache" / f"reference-{name}-{key}.npy"
         run = functools.partial(compute, packer(job, dataset, index, shape), token_logps, num_groups=groups)
@@ -156,12 +157,14 @@ def open_caches(
             job.say(f"reference cache of {name}: {worst:.1e} nats off on a sample; computed anew")
         progress = job.progress(f"reference pass over {name}", len(index.rows), "prompts")
         values = run(count=len(index.rows), progress=progress)
-        if job.main_process:
-            store(path, values)
+        job.write(functools.partial(store, path, values))
         progress.close(f"{len(values):,} tokens")
         return ReferenceCache(index, values)
 
-    return open_one("train", data.train, data.train_index), open_one("eval", data.eval, data.eval_index)
+    train = open_one("train", data.train, data.train_index)
+    if data.eval is None or data.eval_index is None:
+        return train, None
+    return train, open_one("eval", data.eval, data.eval_index)
 
 
 def load(path: pathlib.Path, index: Index) -> np.ndarray | None:

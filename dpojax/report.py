@@ -76,10 +76,12 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <h2>Training</h2>
 <div class="wide"><img alt="training curves" src="data:image/png;base64,{{ curves }}"></div>
 <p class="note">{{ curves_note }}</p>
+{% if splits %}
 <h2>Held-out {{ unit }}</h2>
 <div class="wide"><img alt="held-out rewards" src="data:image/png;base64,{{ heldout }}"></div>
 <table><tr><th>held-out {{ unit }}</th><th class="num">{{ unit }}</th><th class="num">accuracy</th><th class="num">95 % interval</th></tr>
 {% for r in splits %}<tr><td>{{ r.name }}</td><td class="num">{{ r.count }}</td><td class="num">{{ r.rate }}</td><td class="num">{{ r.interval }}</td></tr>{% endfor %}</table>
+{% endif %}
 {% if samples %}
 <h2>Samples</h2>
 {% if sample_plot %}<img alt="sample statistics" src="data:image/png;base64,{{ sample_plot }}">{% endif %}
@@ -282,8 +284,17 @@ def _cards(summary: dict[str, Any], splits: list[dict[str, Any]], unit: str) -> 
         cards.append({"value": f"{summary['win_rate']:.1%}", "label": "win rate over the reference", "note": interval})
         controlled = f"{summary['win_rate_length_controlled']:.1%}"
         cards.append({"value": controlled, "label": "length-controlled win rate", "note": "at equal length"})
-    interval = f"{splits[0]['interval']} on {splits[0]['count']} {unit}"
-    cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
+    if splits:
+        interval = f"{splits[0]['interval']} on {splits[0]['count']} {unit}"
+        cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
+    if summary.get("sft_loss") is not None:
+        cards.append(
+            {
+                "value": f"{summary['sft_loss']:.3f}",
+                "label": "SFT loss (nats per token)",
+                "note": f"{summary['sft_steps']} steps",
+            }
+        )
     if "kl" in summary:
         error = f"± {summary['kl_standard_error']:.2f} (standard error)"
         note = f"{error}, samples of {summary['num_samples']} prompts"
@@ -406,7 +417,7 @@ def render_report(
     config: Config,
     summary: dict[str, Any],
     rows: Sequence[dict[str, Any]],
-    results: PairResults,
+    results: PairResults | None,
     samples: dict[str, Any] | None,
     *,
     shown: int = 12,
@@ -417,31 +428,31 @@ def render_report(
       name: of the run.
       summary: what summary.json holds.
       rows: of metrics.jsonl.
-      results: of the held-out pairs at the end.
+      results: of the held-out pairs at the end; None where there are none.
       samples: prompts, texts and scores of policy and reference, or None.
       shown: how many samples are printed side by side.
     """
     unpaired = config.loss.make().unpaired
     unit = "responses" if unpaired else "pairs"
-    splits = _splits(results, unpaired=unpaired)
+    splits = [] if results is None else _splits(results, unpaired=unpaired)
     given = {k: v for k, v in dataclasses.asdict(config.loss).items() if v not in (None, {}) and k != "name"}
     settings = [
         ", ".join([config.loss.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())])
     ]
     settings.append(f"{config.batch_size} {unit} a step")
     settings.append(f"{config.optim.name} at {config.optim.learning_rate:g}")
-    data = config.data.train or "embedded world"
+    data = config.data.train or config.data.eval or "embedded world"
     counts = (summary["train_rows"], summary["eval_rows"])
     names = sorted(set(counts[0]) | set(counts[1]))
     c = config.sample
     return PAGE.render(
         name=name,
-        title=f"{_title(config.loss.name)} on {pathlib.Path(data).name if config.data.train else data}",
+        title=f"{_title(config.loss.name)} on {data if config.embedded else pathlib.Path(data).name}",
         subtitle=" · ".join([*settings, f"{summary['num_steps']} steps", f"seed {config.seed}"]),
         cards=_cards(summary, splits, unit),
         curves=_png(plot_curves(rows)),
         curves_note=_note(config),
-        heldout=_png(plot_heldout(results, unpaired=unpaired)),
+        heldout="" if results is None else _png(plot_heldout(results, unpaired=unpaired)),
         unit=unit,
         splits=splits,
         samples=_sample_table(samples, shown) if samples else [],

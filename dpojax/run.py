@@ -24,13 +24,14 @@ from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, finite_json, peak_memory, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
-from dpojax.opening import Opened, open_run
+from dpojax.opening import Opened, open_inputs, open_run
 from dpojax.policy import Policy, reference_params
 from dpojax.stages import (
     Stage,
     Trace,
     batch_stream,
-    fingerprints,
+    known_fingerprints,
+    objective_print,
     origin,
     params_before_dpo,
     preference_passes,
@@ -59,15 +60,20 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
     finished = _finished(job)
     if finished is not None:
         return finished
-    opened = open_run(job)
+    inputs = open_inputs(job)
+    config = job.config
+    if not inputs.data.has_preferences:
+        return _sft_alone(job, inputs.data, inputs.policy, began)
+    opened = open_run(job, inputs, objective_print(config))
     data, policy, params, full, ref, base = (getattr(opened, k) for k in ("data", "policy", "params", "full", "ref", "base"))
     moving, sampler = config.loss.make().moving, opened.sampler
-    evaluation = _Evaluation(job, policy, full, None if moving else ref, opened.eval_pack, opened.groups, sampler)
+    evaluation = _Evaluation(job, opened, None if moving else ref)
     stage, optimizer = preference_stage(job, opened)
     stage.evaluate = evaluation
     state = start_state(
         job, stage, params, functools.partial(new_state, optimizer), opened.trained, moving_ref=ref if moving else None
     )
+    job.commit()
     del params  # the state has taken their memory
     ref = None if moving else ref
     start = int(state.step)
@@ -86,7 +92,7 @@ def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int
             first = reference_params(job, policy) if config.reference.init else params_before_dpo(job, data, policy)
         samples = sampler.compare(full(state.params), first)
     if config.export:
-        _export(job, data, policy, full(state.params))
+        _export(job, data, policy, full(state.params), adapters=bool(config.lora.rank))
     found = evaluation.scalars | {"skipped_steps": int(state.skipped)}
     return finish_run(job, opened, stage, int(state.step), found, evaluation.results, samples, began)
 
@@ -114,7 +120,7 @@ def finish_run(
         "run": describe_run(job, opened.policy, began),
         "programs": {p.name: {"compiled": p.compiled, "loaded": p.loaded, "seconds": p.seconds} for p in job.programs.values()},
         "train_rows": data.train_index.counts,
-        "eval_rows": data.eval_index.counts,
+        "eval_rows": {} if data.eval_index is None else data.eval_index.counts,
         "self_check": check._asdict() if check else None,
     }
     if job.main_process:
@@ -150,22 +156,25 @@ def describe_run(job: Job, policy: Policy, began: float) -> dict[str, Any]:
 
 
 class _Evaluation:
-    """(step, state) -> metrics of the held-out pairs, logged; remembers the last ones."""
+    """(step, state) -> metrics of the held-out pairs, logged; remembers the last ones. Without such pairs: nothing."""
 
-    def __init__(self, job: Job, policy: Policy, full, ref: Any, pack, groups: int, sampler: evaluate.Sampling | None):
-        self.job, self.full, self.ref, self.pack, self.groups = job, full, ref, pack, groups
-        self.sampler = sampler if job.config.sample.kl_prompts else None
+    def __init__(self, job: Job, opened: Opened, ref: Any):
+        self.job, self.full, self.ref, self.groups = job, opened.full, ref, opened.groups
+        self.pack, self.parts = opened.eval_pack, opened.data.eval_parts
+        self.sampler = opened.sampler if job.config.sample.kl_prompts else None
         self.loss = job.config.loss.make()
-        step = make_eval_step(policy.model, self.loss, chunk=job.config.model.logps_chunk_tokens)
+        step = make_eval_step(opened.policy.model, self.loss, chunk=job.config.model.logps_chunk_tokens)
         self.program = job.program("eval_step", step, out_shardings=job.replicated)
         self.results: Any = None
         self.scalars: dict[str, float] = {}
 
     def __call__(self, step: int, state: TrainState, *, log: bool = True) -> None:
+        if self.pack is None:
+            return
         ref = self.ref if state.ref is None else state.ref
         params = self.full(state.params)
         self.results = evaluate.evaluate_pairs(self.job, self.program, params, ref, state.reward_mean, self.pack, self.groups)
-        self.scalars = evaluate.eval_scalars(self.results, self.loss)
+        self.scalars = evaluate.eval_scalars(self.results, self.loss, self.parts)
         kl = ""
         if self.sampler is not None and ref is not None:
             value, error = self.sampler.kl(params, ref)
@@ -184,7 +193,6 @@ def preference_stage(job: Job, opened: Opened) -> tuple[Stage, Any]:
     """The preference stage and its optimizer."""
     c, data, policy, groups = job.config, opened.data, opened.trained, opened.groups
     weights, own_weights = opened.weights, opened.own_weights
-    loss = c.loss.make()
     schedule = preference_schedule(c)
     program, optimizer = preference_program(job, policy)
     adapter = {}
@@ -197,15 +205,10 @@ def preference_stage(job: Job, opened: Opened) -> tuple[Stage, Any]:
                 "base_dtype": c.lora.base_dtype,
             }
         }
-    prints = fingerprints(
-        job,
-        data.train,
-        policy,
-        reference={"weights": checkpoint.digest(weights), "dtype": frozen_dtype(c)},
-        **({"lora": {**dataclasses.asdict(c.lora), "base": checkpoint.digest(own_weights)}} if c.lora.rank else {}),
-        loss={**dataclasses.asdict(c.loss), "source": loss.source},
-        batch={"batch_size": c.batch_size, "batch_groups": c.batch_groups},
-    )
+    prints = known_fingerprints(job, data.train, policy, objective_print(c))
+    prints["reference"] = {"weights": checkpoint.digest(weights), "dtype": frozen_dtype(c)}
+    if c.lora.rank:
+        prints["lora"] |= {"base": checkpoint.digest(own_weights)}
     stage = Stage(
         name="DPO",
         prefix="",
@@ -226,6 +229,36 @@ def preference_stage(job: Job, opened: Opened) -> tuple[Stage, Any]:
     return stage, optimizer
 
 
+def _sft_alone(job: Job, data: Data, policy: Policy, began: float) -> dict[str, Any]:
+    """A run whose data hold no preferences and whose num_steps is 0: the SFT stage is all of it."""
+    params = params_before_dpo(job, data, policy)
+    job.commit()
+    if job.config.export:
+        _export(job, data, policy, params, adapters=False)
+    losses = [row["sft_loss"] for row in job.log.rows() if row.get("sft_loss") is not None]
+    programs = {p.name: {"compiled": p.compiled, "seconds": p.seconds} for p in job.programs.values()}
+    summary = {
+        "num_steps": 0,
+        "sft_steps": job.config.sft.num_steps,
+        "sft_loss": losses[-1] if losses else None,
+        "pairs_per_second": None,
+        **peak_memory(),
+        "seconds_compiling": sum(p.seconds for p in job.programs.values()),
+        "seconds": time.monotonic() - began,
+        "programs": programs,
+        "train_rows": data.train_index.counts,
+        "eval_rows": {},
+        "self_check": None,
+    }
+    if job.main_process:
+        _write_summary(job, summary)
+        page = report.render_report(job.workdir.name, job.config, summary, job.log.rows(), None, None)
+        job.write_file("report.html", page)
+        _say_results(summary, job.workdir / "report.html", job)
+    job.log.close()
+    return summary
+
+
 def _finished(job: Job) -> dict[str, Any] | None:
     """The summary of a run that is complete already, or None."""
     path = job.workdir / "summary.json"
@@ -244,7 +277,7 @@ def _finished(job: Job) -> dict[str, Any] | None:
     return None
 
 
-def _export(job: Job, data: Data, policy: Policy, params) -> None:
+def _export(job: Job, data: Data, policy: Policy, params, *, adapters: bool) -> None:
     """WORKDIR/export, a Hugging Face directory with adapters merged; and the adapters as PEFT's, in WORKDIR/adapter."""
     c, tokenizer = job.config, job.workdir / "tokenizer"
     weights = policy.weights
@@ -253,9 +286,9 @@ def _export(job: Job, data: Data, policy: Policy, params) -> None:
         own = data.tokenizer
         ids = dict(bos_id=own.bos_id, eos_id=own.eos_id) if own else dict(bos_id=None, eos_id=None)
         fields = hf.llama_fields(policy.config, **ids)
-    if c.lora.rank:
-        adapters = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
-        whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(adapters)
+    if adapters:
+        trained = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
+        whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(trained)
         scale = c.lora.alpha / c.lora.rank
         # After an SFT stage the base is its result, which dpojax alone reads; PEFT takes the merged export.
         base = c.model.init if data.sft is None else str((job.workdir / "sft").resolve())

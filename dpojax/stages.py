@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dpojax import checkpoint, sharding
-from dpojax.checkpoint import Checkpoints
+from dpojax.checkpoint import Checkpoints, newest_step
 from dpojax.config import OPTIMIZERS, Config, changed_settings, resolved_mode, to_dict
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape
@@ -316,23 +316,71 @@ def state_layout(job: Job, policy: Policy, make_state: Callable[..., TrainState]
     return abstract._replace(ref=ref_abstract), shardings._replace(ref=ref_shardings)
 
 
-def resumable_step(job: Job, stage: Stage) -> int | None:
-    """The checkpoint that the stage goes on from, or None to start at step 0; says what is in the folder besides.
+def resumable_step(checkpoints: Checkpoints, *, wanted: int, num_steps: int, setting: str) -> int | None:
+    """The checkpoint that a stage goes on from, or None to start at step 0.
 
-    Raises: CheckpointError if it belongs to another run, or checkpoint.restore_step does not exist.
+    Args:
+      wanted: checkpoint.restore_step; -1: the newest.
+      num_steps: the stage's last step; `setting` is what sets it.
+    Raises: CheckpointError if `wanted` does not exist, or the checkpoint is past the last step.
     """
-    if stage.checkpoints.strays:
-        job.say(f"{stage.checkpoints.folder}: not checkpoints, left alone: {', '.join(stage.checkpoints.strays)}")
-    steps = stage.checkpoints.steps()
-    wanted = job.config.checkpoint.restore_step if stage.name == "DPO" else -1
+    steps = checkpoints.steps()
+    step = wanted
     if wanted < 0:
-        return steps[-1] if steps else None
-    if steps and steps[-1] > wanted and stage.checkpoints.descends_from(steps[-1], wanted):
-        return steps[-1]  # the same command again: it has gone on from `wanted` already
-    if wanted not in steps:
+        step = steps[-1] if steps else None
+    elif steps and steps[-1] > wanted and checkpoints.descends_from(steps[-1], wanted):
+        step = steps[-1]  # the same command again: it has gone on from `wanted` already
+    elif wanted not in steps:
         there = f"there are the steps {', '.join(map(str, steps))}" if steps else "there is none"
-        raise CheckpointError(f"checkpoint.restore_step={wanted}: {there} in {stage.checkpoints.folder}")
-    return wanted
+        raise CheckpointError(f"checkpoint.restore_step={wanted}: {there} in {checkpoints.folder}")
+    if step is not None and step > num_steps:
+        raise CheckpointError(
+            f"{setting}={num_steps}: {checkpoints.folder} has gone on to step {step}; set {step} or more, go back with "
+            "--config.checkpoint.restore_step, or use another --workdir (model.init takes this one)"
+        )
+    return step
+
+
+def _resumable(job: Job, stage: Stage) -> int | None:
+    wanted = job.config.checkpoint.restore_step if stage.name == "DPO" else -1
+    setting = "num_steps" if stage.name == "DPO" else "sft.num_steps"
+    return resumable_step(stage.checkpoints, wanted=wanted, num_steps=stage.num_steps, setting=setting)
+
+
+def check_workdir(job: Job, prints: dict[str, Any]) -> int | None:
+    """The preference stage's checkpoint in the workdir, or None, before anything is read or written.
+
+    Args:
+      prints: those fingerprints of the stage that are known by then, as `known_fingerprints` gives them.
+    Raises: CheckpointError if the checkpoint is another run's, as far as they tell.
+    """
+    folder = job.workdir / "checkpoints"
+    c = job.config
+    if not folder.is_dir():
+        if c.checkpoint.restore_step >= 0:
+            raise CheckpointError(f"checkpoint.restore_step={c.checkpoint.restore_step}: there is no folder {folder}")
+        return None
+    checkpoints = Checkpoints(folder, keep=c.checkpoint.keep)
+    try:
+        step = resumable_step(checkpoints, wanted=c.checkpoint.restore_step, num_steps=c.num_steps, setting="num_steps")
+        if step is None:
+            return None
+        meta = checkpoints.meta(step)
+    finally:
+        checkpoints.close()
+    allowed = c.checkpoint.allowed()
+    saved = dict(meta["fingerprints"])
+    if "lora" in saved and "lora" in prints:  # the base's checksum is known only after it was read
+        saved["lora"] = {key: value for key, value in saved["lora"].items() if key in prints["lora"]}
+    checkpoint.compare_fingerprints(saved, prints, allowed)
+    sft_then, sft_now = meta["config"]["sft"], dataclasses.asdict(c.sft)
+    if c.sft.num_steps and sft_then != sft_now and newest_step(job.workdir / "sft") is None and "sft" not in allowed:
+        different = "; ".join(changed_settings(sft_then, sft_now, "sft."))
+        raise CheckpointError(
+            f"{folder} was made after another SFT stage, whose checkpoint is not in {job.workdir / 'sft'}: {different}; "
+            "restore these settings, or use another --workdir"
+        )
+    return step
 
 
 def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
@@ -361,7 +409,9 @@ def start_state(job: Job, stage: Stage, params: Any, make_state, policy: Policy,
       moving_ref: the reference where it belongs to the state (TR-DPO), given up as well; else None.
     """
     abstract, shardings = state_layout(job, policy, make_state, moving=moving_ref is not None)
-    step = resumable_step(job, stage)
+    if stage.checkpoints.strays:
+        job.say(f"{stage.checkpoints.folder}: not checkpoints, left alone: {', '.join(stage.checkpoints.strays)}")
+    step = _resumable(job, stage)
     if step is None:
         start = jax.jit(make_state, out_shardings=shardings, donate_argnums=(0, 1))
         return start(params, moving_ref)
@@ -387,11 +437,29 @@ def origin(policy: Policy) -> dict[str, Any]:
     return {} if policy.weights is None or policy.weights.fields is None else {"fields": policy.weights.fields}
 
 
+def known_fingerprints(job: Job, data: Dataset, policy: Policy, loss: Any) -> dict[str, Any]:
+    """The preference stage's fingerprints, but for the checksums of the weights that it starts from.
+
+    Args:
+      loss: what tells its objective.
+    """
+    c = job.config
+    lora = {"lora": dataclasses.asdict(c.lora)} if c.lora.rank else {}
+    batch = {"batch_size": c.batch_size, "batch_groups": c.batch_groups}
+    return fingerprints(job, data, policy, **lora, loss=loss, batch=batch)
+
+
+def objective_print(config: Config) -> dict[str, Any]:
+    """What tells the objective of a run."""
+    return {**dataclasses.asdict(config.loss), "source": config.loss.make().source}
+
+
 def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[str, Any]:
     """What a resumed run must share with the one that saved; readable where it is short."""
     c = job.config
+    held_out = f" without {c.data.eval_share}" if c.data.eval_share else ""
     return {
-        "data": data.records.fingerprint + (f" flipped {data.flip_labels}" if data.flip_labels else ""),
+        "data": data.records.fingerprint + (f" flipped {data.flip_labels}" if data.flip_labels else "") + held_out,
         "tokenizer": data.tokenizer.fingerprint if data.tokenizer else "none",
         "model": {**dataclasses.asdict(policy.config), "dtype": c.model.dtype},
         "layout": {
@@ -529,7 +597,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         evaluate=lambda step, state: None,
         flops=step_flops(policy.config, 3),
     )
-    if resumable_step(job, stage) == c.sft.num_steps:
+    if _resumable(job, stage) == c.sft.num_steps:
         # Complete: the optimizer's state is not needed any more.
         jax.tree.map(lambda x: x.delete(), params)
         meta = stage.checkpoints.meta(c.sft.num_steps)
@@ -537,6 +605,7 @@ def run_sft(job: Job, data: Data, policy: Policy) -> Any:
         params = stage.checkpoints.restore_params(c.sft.num_steps, policy.abstract, policy.shardings, meta)
     else:
         state = start_state(job, stage, params, functools.partial(new_state, optimizer), policy)
+        job.commit()
         job.log.rewind(sft_step=int(state.step), step=-1)
         params = train_stage(job, stage, state, None).params
     stage.checkpoints.close()

@@ -38,7 +38,7 @@ from dpojax.job import Job, Stop
 from dpojax.main import StopSignal, join_run, known_flags, make_workdir
 from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
-from dpojax.opening import Opened, open_run, write_settings
+from dpojax.opening import Opened, open_inputs, open_run, write_settings
 from dpojax.optim import make_optimizer, make_schedule
 from dpojax.policy import Policy, initial_adapters
 from dpojax.run import finish_run, preference_stage
@@ -80,7 +80,7 @@ def train(
 # --- the runs of a sweep ----------------------------------------------------------------------------------------------
 
 
-def combinations(values, grid: Mapping[str, Sequence[str]]) -> dict[str, Config]:
+def combinations(values, grid: Mapping[str, Sequence[str]], overridden: frozenset[str] = frozenset()) -> dict[str, Config]:
     """Every combination of the grid's settings: name -> config.
 
     Raises: ConfigError for a setting that runs of one program cannot differ in.
@@ -98,7 +98,7 @@ def combinations(values, grid: Mapping[str, Sequence[str]]) -> dict[str, Config]
         name = ",".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(grid, chosen, strict=True))
         if name in found:
             raise ConfigError(f"--sweep: {name} stands there twice")
-        found[name] = from_config_dict(own)
+        found[name] = from_config_dict(own, overridden=overridden | frozenset(grid))
     for name, config in found.items():
         _check(name, config, "seed" in grid)
     if len({c.loss.make().unpaired for c in found.values()}) > 1:
@@ -157,6 +157,17 @@ class Sweep(Stage):
             job.say(f"{self.jobs[n].workdir.name}: step {done.step} is not finite or spikes, loss {loss:.4g}; the others go on")
 
 
+def _objectives(runs: Mapping[str, Config]) -> list[dict[str, Any]]:
+    """What tells the runs of a sweep, for the checkpoint's fingerprints."""
+    return [{"loss": dataclasses.asdict(c.loss), "rate": c.optim.learning_rate, "seed": c.seed} for c in runs.values()]
+
+
+def _completed(config: Config, shared: Config) -> Config:
+    """A run's config with what data and weights told of the shared one: steps, warmup and limits."""
+    optim = dataclasses.replace(config.optim, warmup_steps=shared.optim.warmup_steps, warmup_ratio=0.0)
+    return dataclasses.replace(config, num_steps=shared.num_steps, num_epochs=0.0, data=shared.data, optim=optim)
+
+
 def _each(job: Job, together: str):
     """How the runs of a step are computed: side by side, or one after another."""
     # A CPU has no idle units to fill: larger matrix products gain nothing there, and batched ones lose.
@@ -201,10 +212,7 @@ def _stage(job: Job, opened: Opened, jobs: list[Job], together: str) -> tuple[Sw
     program = job.program("sweep_step", step, donate_argnums=0, out_shardings=(shardings, job.replicated))
     solo, _ = preference_stage(job, opened)
     fields = {f.name: getattr(solo, f.name) for f in dataclasses.fields(Stage)}
-    differ = [
-        {"loss": dataclasses.asdict(j.config.loss), "rate": j.config.optim.learning_rate, "seed": j.config.seed} for j in jobs
-    ]
-    prints = {**solo.meta["fingerprints"], "loss": differ}
+    prints = {**solo.meta["fingerprints"], "loss": _objectives({j.workdir.name: j.config for j in jobs})}
     flops = lambda sizes: solo.flops(sizes) * count  # the shared reference counts for each run: it is what a solo run needs
     checkpoints = Checkpoints(job.workdir / "checkpoints", keep=c.checkpoint.keep)
     fields |= {"step_program": program, "flops": flops, "checkpoints": checkpoints}
@@ -249,6 +257,7 @@ class _Evaluation:
 
     def __call__(self, step: int, state: TrainState, *, log: bool = True) -> None:
         opened, job = self.opened, self.job
+        assert opened.eval_pack is not None  # `run_sweep` asks for held-out preferences
         parts, count = [], opened.eval_pack.index.groups_within(job.config.data.eval_max_pairs)
         for batch, _ in eval_batches(opened.eval_pack, num_groups=opened.groups, count=count):
             found = jax.device_get(self.program(state.params, opened.ref, job.put(batch), opened.base))
@@ -256,7 +265,9 @@ class _Evaluation:
             parts.append(jax.tree.map(lambda x, used=used: np.asarray(x)[:, used], found))
         together = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *parts)
         self.results = [jax.tree.map(lambda x, n=n: x[n], together) for n in range(len(self.jobs))]
-        self.scalars = [evaluate.eval_scalars(r, loss) for r, loss in zip(self.results, self.losses, strict=True)]
+        self.scalars = [
+            evaluate.eval_scalars(r, loss, opened.data.eval_parts) for r, loss in zip(self.results, self.losses, strict=True)
+        ]
         sampler = opened.sampler if job.config.sample.kl_prompts else None
         for n, (own, scalars) in enumerate(zip(self.jobs, self.scalars, strict=True)):
             if sampler is not None and opened.ref is not None:
@@ -294,13 +305,20 @@ def run_sweep(runs: Mapping[str, Config], workdir: pathlib.Path, stop: Stop, *, 
     enabled = jax.process_index() == 0
     job = Job(shared, workdir, mesh, MetricsLog(workdir, enabled=False), stop)
     job.say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}; {len(runs)} runs in one program: {', '.join(runs)}")
-    opened = open_run(job)
+    inputs = open_inputs(job)
+    if not inputs.data.has_preferences or inputs.data.eval is None or not job.config.num_steps:
+        raise ConfigError(
+            "--sweep: runs are compared by held-out preferences; set data.eval (or data.eval_share) and num_steps"
+        )
+    opened = open_run(job, inputs, _objectives(runs))
     jobs = []
     for name, config in runs.items():
         folder = workdir / name
-        folder.mkdir(parents=True, exist_ok=True)
-        jobs.append(Job(config, folder, mesh, MetricsLog(folder, enabled=enabled), stop, job.programs))
-        write_settings(jobs[-1], opened.data, opened.policy)
+        own = Job(config, folder, mesh, MetricsLog(folder, enabled=enabled), stop, job.programs)
+        own.config = _completed(config, job.config)
+        own.write(functools.partial(folder.mkdir, parents=True, exist_ok=True))
+        own.write(functools.partial(write_settings, own, opened.data, opened.policy))
+        jobs.append(own)
     stage, make_state, stacked = _stage(job, opened, jobs, together)
     evaluation = _Evaluation(job, opened, jobs)
     stage.evaluate = evaluation
@@ -312,6 +330,8 @@ def run_sweep(runs: Mapping[str, Config], workdir: pathlib.Path, stop: Stop, *, 
         params = jax.jit(copies, out_shardings=stacked.shardings)(opened.params)
     jax.tree.map(lambda x: x.delete(), opened.params)
     state = start_state(job, stage, params, make_state, stacked)
+    for each_job in (job, *jobs):
+        each_job.commit()
     for own in jobs:
         own.log.rewind(sft_step=10**12, step=int(state.step) or -1)
     state = train_stage(job, stage, state, opened.ref, opened.base)
@@ -408,7 +428,7 @@ def main(argv: Sequence[str]) -> int:
         values = load_config_file(spec)
         for key, text in overrides.items():
             apply_override(values, key, text)
-        runs = combinations(values, grid)
+        runs = combinations(values, grid, frozenset(overrides))
         folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
         join_run(list(runs.values()))
         found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)

@@ -13,7 +13,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,18 +78,35 @@ class Index(NamedTuple):
 
     def first(self, count: int) -> "Index":
         """The first `count` groups alone."""
-        responses, pairs = int(self.response_offsets[count]), int(self.pair_offsets[count])
+        return self.select(np.arange(count))
+
+    def select(self, groups: np.ndarray) -> "Index":
+        """These groups alone, in this order, by their numbers [m]."""
+        responses, response_offsets = _ragged(self.response_offsets, groups)
+        pairs, pair_offsets = _ragged(self.pair_offsets, groups)
         return self._replace(
-            rows=self.rows[:count],
-            prompt_lengths=self.prompt_lengths[:count],
-            response_offsets=self.response_offsets[: count + 1],
-            response_lengths=self.response_lengths[:responses],
-            counted_lengths=self.counted_lengths[:responses],
-            pair_offsets=self.pair_offsets[: count + 1],
-            prompt_hashes=self.prompt_hashes[:count],
-            mismatched=None if self.mismatched is None else self.mismatched[:count],
-            **{k: getattr(self, k)[:pairs] for k in ("chosen", "rejected", "weights", "soft_labels", "margins")},
+            rows=self.rows[groups],
+            prompt_lengths=self.prompt_lengths[groups],
+            response_offsets=response_offsets,
+            response_lengths=self.response_lengths[responses],
+            counted_lengths=self.counted_lengths[responses],
+            pair_offsets=pair_offsets,
+            prompt_hashes=self.prompt_hashes[groups],
+            mismatched=None if self.mismatched is None else self.mismatched[groups],
+            **{k: getattr(self, k)[pairs] for k in ("chosen", "rejected", "weights", "soft_labels", "margins")},
         )
+
+    def drawn_prompts(self, share: float, seed: int) -> np.ndarray:
+        """The hashes [m] of a share of the prompts, one at least, drawn by `seed` alone: not by the order of the rows.
+
+        Raises: ConfigError if there is but one prompt.
+        """
+        prompts = np.unique(self.prompt_hashes)
+        if len(prompts) < 2:
+            raise ConfigError(f"data.eval_share={share:g}: all rows have the same prompt; name a file in data.eval")
+        count = min(len(prompts) - 1, max(1, round(share * len(prompts))))
+        order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(prompts))
+        return prompts[order[:count]]
 
     def with_mismatched(self, seed: int) -> "Index":
         """Every group gets one more response, an answer to another prompt, and its pairs point to it as `rejected`.
@@ -152,6 +169,17 @@ def _verdict(result: Any, where: str) -> Read | Dropped | DataError:
 
 def _nowhere(row: int) -> Any:
     raise AssertionError(f"row {row}: the records are elsewhere")
+
+
+STORED_ARRAYS = Index._fields[:-4]  # without counts, bad, dropped and mismatched
+
+
+def _ragged(offsets: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the elements of some groups in a flat field, and the offsets of these groups after they are taken."""
+    sizes = np.diff(offsets)[groups]
+    new_offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(offsets.dtype)
+    places = np.arange(new_offsets[-1]) + np.repeat(offsets[:-1][groups] - new_offsets[:-1], sizes)
+    return places, new_offsets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,20 +334,26 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
 
 
 def load_or_build_index(
-    data: Dataset, folder: pathlib.Path, *, on_bad_line: str, max_bad_share: float, write: bool, progress
+    data: Dataset,
+    folder: pathlib.Path,
+    *,
+    on_bad_line: str,
+    max_bad_share: float,
+    write: Callable[[Callable[[], None]], None],
+    progress,
 ) -> Index:
     """The index from `folder`, or a new one stored there; the tolerance for bad lines is applied to both.
 
     Args:
-      write: whether this process stores it (one of them does).
+      write: called with the function that stores a new index: when and whether it runs is the caller's to say.
       progress: called with the number of rows read so far.
     """
-    path, arrays = folder / f"index-{data.fingerprint()}.npz", Index._fields[:-4]  # without counts, bad, dropped and mismatched
+    path = folder / f"index-{data.fingerprint()}.npz"
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
                 texts = json.loads(str(file["texts"]))
-                index = Index._make([*(file[a] for a in arrays), texts[0], tuple(texts[1]), tuple(texts[2]), None])
+                index = Index._make([*(file[a] for a in STORED_ARRAYS), texts[0], tuple(texts[1]), tuple(texts[2]), None])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
         else:
@@ -328,10 +362,13 @@ def load_or_build_index(
             )
             return index
     index = build_index(data, on_bad_line=on_bad_line, max_bad_share=max_bad_share, progress=progress)
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        texts = json.dumps([index.counts, index.bad, index.dropped])
-        np.savez(temporary, **{name: getattr(index, name) for name in arrays}, texts=texts)
-        temporary.replace(path)
+    write(functools.partial(_store, index, path))
     return index
+
+
+def _store(index: Index, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    texts = json.dumps([index.counts, index.bad, index.dropped])
+    np.savez(temporary, **{name: getattr(index, name) for name in STORED_ARRAYS}, texts=texts)
+    temporary.replace(path)

@@ -101,17 +101,12 @@ def _with_masks(group: TokenGroup) -> tuple[np.ndarray, ...]:
 def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:
     """How many groups make a step of `batch_size` pairs.
 
-    Raises: ConfigError if batch_size does not fit the pairs per group, or that number varies and
-      batch_groups is not set.
+    Where the number of pairs per group varies, it is batch_groups, or, unset, as many as hold batch_size pairs on average.
+    Raises: ConfigError if batch_size does not fit the pairs per group.
     """
     counts = np.diff(index.pair_offsets)
     if counts.min() != counts.max():
-        if not batch_groups:
-            raise ConfigError(
-                f"batch_size={batch_size}: groups hold {counts.min()} to {counts.max()} pairs; set batch_groups to the "
-                "number of whole groups per step (the mean is over the pairs that they hold)"
-            )
-        return batch_groups
+        return batch_groups or max(1, round(batch_size / counts.mean()))
     if batch_groups:
         raise ConfigError(f"batch_groups={batch_groups}: every group holds {counts.min()} pairs; set batch_size alone")
     per_group = max(1, int(counts.min()))
