@@ -332,7 +332,7 @@ def test_bad_lines_are_tolerated_as_far_as_the_settings_say_also_from_a_stored_i
     rows[5] = {"prompt": "half a character: \ud800", "chosen": "a", "rejected": "b"}
     data = Dataset(in_memory("test", rows), RowReader(""), tokenizer, Limits(512, 64))
     open_it = lambda on, share: load_or_build_index(
-        data, tmp_path, on_bad_line=on, max_bad_share=share, write=True, progress=lambda row: None
+        data, tmp_path, on_bad_line=on, max_bad_share=share, write=lambda change: change(), progress=lambda row: None
     )
     index = open_it("skip", 0.2)
     assert index.counts["bad_line"] == 2 and len(index.rows) == 8 and "test:6" in index.bad[1]

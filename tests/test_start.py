@@ -11,7 +11,12 @@ import pytest
 from runs import ROOT, command, losses, rows, run
 
 from dpojax.config import apply_override, from_config_dict, load_config_file, with_limits, with_steps
+from dpojax.data import world
+from dpojax.data.index import Dataset, build_index
+from dpojax.data.records import in_memory
 from dpojax.data.sources import open_named, open_sources
+from dpojax.data.tokens import Limits
+from dpojax.data.triples import RowReader
 from dpojax.errors import ConfigError
 
 
@@ -98,9 +103,17 @@ def test_several_files_globs_and_folders_are_one_list_of_rows(tmp_path):
 
 
 def test_held_out_prompts_are_whole_and_drawn_by_the_seed():
-    from test_data import ranked_index  # groups of several responses
-
-    index = ranked_index()
+    made = [
+        {"prompt": str(i // 2), "responses": ["a", "b", "c", "d"][: 2 + i % 3], "scores": list(range(2 + i % 3))}
+        for i in range(12)
+    ]
+    data = Dataset(
+        in_memory("ranked", made),
+        RowReader(""),
+        world.make_world(7, num_posts=2000, num_pairs=4, num_eval=4).tokenizer,
+        Limits(64, 64),
+    )
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
     order = np.asarray([3, 0, 5])
     taken = index.select(order)
     for new, old in enumerate(order):
@@ -155,8 +168,6 @@ def finished(plain, files, tmp_path_factory):
     """A copy of a finished run whose report is due again, and files that other runs might take."""
     folder = tmp_path_factory.mktemp("refused")
     shutil.copytree(plain[0], folder / "run")
-    from dpojax.data import world
-
     (folder / "other").mkdir()
     world.make_world(8, num_posts=2000, num_pairs=4, num_eval=4).tokenizer.save(folder / "other")
     (folder / "bad.jsonl").write_text((files / "train.jsonl").read_text() + '{"prompt": 1}\n')
