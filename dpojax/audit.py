@@ -1,9 +1,10 @@
 """What is wrong with a preference dataset, before anyone trains on it.
 
-python -m dpojax.audit --data=FILE --tokenizer=PATH [--prompt_template=...] [--max_prompt_tokens=512]
-    [--max_response_tokens=128] [--unpaired] [--show=2] [--color=auto|always|never]
+python -m dpojax.audit --data=FILE --tokenizer=PATH [--chat_template=FILE] [--prompt_template=...] [--show=2] [...]
+PATH may be a run's workdir: templates, limits and masks are then those of the run.
 """
 
+import argparse
 import collections
 import sys
 from collections.abc import Sequence
@@ -11,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpojax.config import check_template, unescape
 from dpojax.data.index import Dataset
 from dpojax.data.packing import TokenGroup
-from dpojax.data.records import open_records
-from dpojax.data.tokens import Limits, chat_template, load_tokenizer
-from dpojax.data.triples import DROPPED, Dropped, RowReader
-from dpojax.errors import DataError, DpojaxError
+from dpojax.data.records import Records
+from dpojax.data.sources import open_sources
+from dpojax.data.triples import DROPPED, Dropped
+from dpojax.data.written import Writing
+from dpojax.errors import DataError
 from dpojax.flags import Parser
+from dpojax.inference import add_text_arguments, open_text, run_tool
 from dpojax.metrics import Progress
 from dpojax.winrate import wilson
 
@@ -31,11 +33,16 @@ class Audit(NamedTuple):
     rows: int
     bad: list[str]  # messages of rows that cannot be read
     dropped: dict[str, list[str]]  # by reason
+    cut_away: dict[str, list[str]]  # by reason, of rows whose pairs are sound before they are cut
     duplicated: list[str]  # the same pair again
     contradictory: list[str]  # the same responses with the labels reversed
     cut_prompts: int
     cut_responses: int
-    lengths: np.ndarray  # [pairs, 3] tokens of prompt, chosen, rejected, after truncation; unpaired: prompt, response, response
+    # [pairs, 3] tokens of prompt, chosen, rejected; unpaired: prompt, response, response. After truncation, and before it
+    # (whole_lengths, with the pairs that truncation takes away).
+    lengths: np.ndarray
+    whole_lengths: np.ndarray
+    groups: int  # rows that are read, with pairs or without
     labels: np.ndarray  # [pairs] of unpaired responses; 1 elsewhere
     unpaired: bool
     one_bos: int  # groups whose prompt holds exactly one BOS, at its start
@@ -48,21 +55,28 @@ class Audit(NamedTuple):
 
 def audit(data: Dataset, *, show: int, progress) -> Audit:
     """Reads every row of `data` once and counts; keeps the first `show` groups."""
-    bad, dropped = [], collections.defaultdict(list)
+    bad, dropped, cut_away = [], collections.defaultdict(list), collections.defaultdict(list)
+    whole_lengths: list[tuple[int, int, int]] = []
     duplicated, contradictory, lengths, labels, examples = [], [], [], [], []
     seen: dict[tuple, str] = {}
     count: collections.Counter = collections.Counter()
     bos, eos = (data.tokenizer.bos_id, data.tokenizer.eos_id) if data.tokenizer else (None, None)
-    for row, found in data.read_groups(range(data.records.size)):
+    for row, result in data.read_groups(range(data.records.size)):
         progress(row)
         where = data.records.where(row)
-        if isinstance(found, Dropped):
-            dropped[found.reason].append(where)
+        if isinstance(result, Dropped):
+            if result.whole is None:
+                dropped[result.reason].append(where)
+            else:  # truncation alone made it so
+                cut_away[result.reason].append(where)
+                whole_lengths += result.whole
             continue
-        if isinstance(found, DataError):
-            bad.append(str(found))
+        if isinstance(result, DataError):
+            bad.append(str(result))
             continue
-        text, group, cut = found
+        text, group, cut = result
+        count["groups"] += 1
+        whole_lengths += cut.whole
         if isinstance(text.prompt, str) and text.prompt[-1:].strip():
             count["glued"] += sum(bool(str(r)[:1].strip()) for r in text.responses)
         count["cut_prompts"] += cut.prompt > 0
@@ -83,19 +97,22 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
             if other in seen:
                 contradictory.append(f"{where} reverses {seen[other]}")
             seen.setdefault(key, where)
-            lengths.append([len(group.prompt), len(group.responses[pair.chosen]), len(group.responses[pair.rejected])])
             labels.append(pair.soft_label)
+        lengths += _pair_lengths(group)
         if len(examples) < show:
             examples.append(group)
     return Audit(
         rows=data.records.size,
         bad=bad,
         dropped=dict(dropped),
+        cut_away=dict(cut_away),
         duplicated=duplicated,
         contradictory=contradictory,
         cut_prompts=count["cut_prompts"],
         cut_responses=count["cut_responses"],
         lengths=np.asarray(lengths).reshape(-1, 3),
+        whole_lengths=np.asarray(whole_lengths).reshape(-1, 3),
+        groups=count["groups"],
         labels=np.asarray(labels),
         unpaired=data.reader.kind == "unpaired",
         one_bos=count["one_bos"],
@@ -105,6 +122,21 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         responses=count["responses"],
         examples=examples,
     )
+
+
+def _pair_lengths(group: TokenGroup) -> list[list[int]]:
+    """Tokens of prompt, chosen and rejected of every pair of a group."""
+    sizes = [len(response) for response in group.responses]
+    return [[len(group.prompt), sizes[pair.chosen], sizes[pair.rejected]] for pair in group.pairs]
+
+
+def _bias(lengths: np.ndarray, when: str) -> str:
+    """Whether the labels favour the longer response, of [pairs, 3] lengths."""
+    difference = lengths[:, 1] - lengths[:, 2]
+    rate = wilson(float((difference > 0).sum() + 0.5 * (difference == 0).sum()), len(difference))
+    bias = f"chosen is the longer one in {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of pairs"
+    verdict = "the labels favour neither" if rate.low <= 0.5 <= rate.high else "the labels carry a length bias"
+    return f"length {when}: {bias}, by {difference.mean():+.1f} tokens on average: {verdict}"
 
 
 def _places(places: Sequence[str]) -> str:
@@ -119,6 +151,9 @@ def lines(found: Audit) -> list[str]:
     line(len(found.bad), "rows cannot be read", found.bad)
     for reason, what in DROPPED.items():
         line(len(found.dropped.get(reason, [])), f"dropped, {what}", found.dropped.get(reason, []))
+    for reason in {"identical": 0, "empty_response": 0, **found.cut_away}:
+        places = found.cut_away.get(reason, [])
+        line(len(places), f"dropped after truncation, {DROPPED[reason]}", places)
     line(len(found.duplicated), f"{unit} occur again", found.duplicated)
     line(len(found.contradictory), f"{unit} contradict another (labels reversed)", found.contradictory)
     line(found.cut_prompts, "prompts would be cut")
@@ -140,11 +175,10 @@ def lines(found: Audit) -> list[str]:
             out.append(f"labels: {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] desirable; KTO's authors keep the weighted "
                        "numbers of both sides within 1:1 and 4:3 (loss.desirable_weight, loss.undesirable_weight)")  # fmt: skip
             return out
-        difference = found.lengths[:, 1] - found.lengths[:, 2]
-        rate = wilson(float((difference > 0).sum() + 0.5 * (difference == 0).sum()), len(difference))
-        bias = f"chosen is the longer one in {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of pairs"
-        verdict = "the labels favour neither" if rate.low <= 0.5 <= rate.high else "the labels carry a length bias"
-        out.append(f"length: {bias}, by {difference.mean():+.1f} tokens on average: {verdict}")
+        out.append(_bias(found.whole_lengths, "before truncation"))
+        out.append(_bias(found.lengths, "after truncation"))
+    elif found.groups:
+        out.append(f"{found.groups:,} rows hold responses and no preference: they can serve as sft.data")
     return out
 
 
@@ -173,26 +207,36 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     parser = Parser(prog="python -m dpojax.audit", description="Reports what is wrong with a preference dataset.")
     parser.add_argument("--data", required=True, help="file of preferences, or hf:NAME[:SPLIT]")
-    parser.add_argument("--tokenizer", default="", help="sentencepiece .model, tokenizer.json, or a folder with one")
-    parser.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")
-    parser.add_argument("--max_prompt_tokens", type=int, default=512, help="BOS included")
-    parser.add_argument("--max_response_tokens", type=int, default=128, help="EOS included")
-    parser.add_argument("--unpaired", action="store_true", help="rows of prompt, completion, label, as KTO takes them")
+    parser.add_argument("--model", default="", help="a model or workdir whose tokenizer is used; --tokenizer takes one as well")
+    parser.add_argument("--unpaired", action="store_true", help="pairs too are read as labelled responses, as KTO takes them")
+    add_text_arguments(parser)
     parser.add_argument("--show", type=int, default=2, help="pairs printed token by token")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    args = parser.parse_args(argv)
-    try:
-        tokenizer, template = (load_tokenizer(args.tokenizer) if args.tokenizer else None), unescape(args.prompt_template)
-        check_template(template)
-        limits = Limits(args.max_prompt_tokens, args.max_response_tokens)
-        chat = None if tokenizer is None or template else chat_template(tokenizer)
-        reader = RowReader(template, "unpaired" if args.unpaired else "pairs", chat)
-        data = Dataset(open_records(args.data), reader, tokenizer, limits)
-        progress = Progress("reading", data.records.size, "rows", enabled=True)
-        found = audit(data, show=args.show, progress=progress)
-    except DpojaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool(_audit, parser, argv)
+
+
+DEFAULTS = Writing(max_prompt_tokens=512, max_response_tokens=128)  # of a tokenizer that no run of dpojax wrote
+
+
+def _are_labelled(records: Records) -> bool:
+    """Whether the first rows that can be read are responses with labels, as KTO takes them."""
+    for row in range(min(records.size, 20)):
+        try:
+            values = {key for key, value in records.get(row).items() if value is not None}
+        except DataError:
+            continue
+        return bool(values & {"label", "labels"}) and not values & {"chosen", "chosen_ids", "scores", "ranks"}
+    return False
+
+
+def _audit(args: argparse.Namespace) -> None:
+    """Reads, counts and prints. Raises: DataError after the report if no row is usable."""
+    records = open_sources(args.data, "--data")
+    kind = "unpaired" if args.unpaired or _are_labelled(records) else "pairs"
+    text = open_text(args.model, args, DEFAULTS, needed=bool(args.model or args.tokenizer))
+    tokenizer, data = text.tokenizer, text.dataset(records, kind)
+    progress = Progress("reading", data.records.size, "rows", enabled=True)
+    found = audit(data, show=args.show, progress=progress)
     progress.close(data.records.name)
     print("\n".join(lines(found)))
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
@@ -205,7 +249,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nFirst pairs, token by token; loss falls on every token of both responses: {legend}")
     for group in found.examples:
         print(show_group(group, tokenizer, color=color) + "\n")
-    return 0
+    if not found.groups:
+        first = f"; {found.bad[0]}" if found.bad else ""
+        raise DataError(f"{records.name}: none of its {found.rows:,} rows is usable{first}")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,27 @@ import jax
 import numpy as np
 
 from dpojax import sampling, sharding
-from dpojax.config import check_template, unescape
-from dpojax.data.chat import ChatTemplate
-from dpojax.data.records import open_records
+from dpojax.config import unescape
+from dpojax.data.sources import open_sources
 from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids, stop_ids
 from dpojax.data.triples import DROPPED, Dropped, read_messages, write_prompt
+from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, DataError, NumericsError
 from dpojax.flags import Parser
-from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
+from dpojax.inference import (
+    Loaded,
+    Output,
+    Text,
+    add_model_arguments,
+    add_text_arguments,
+    load_model,
+    note,
+    open_text,
+    run_tool,
+)
 from dpojax.metrics import Progress
 from dpojax.policy import check_positions
+from dpojax.weights import ignored_fields, open_weights
 
 # Largest difference of a token's log-prob between sampling and the training forward, nats.
 BOUND = {"float32": 1e-4, "bfloat16": 0.25}
@@ -43,11 +54,9 @@ def parser() -> Parser:
     made.add_argument("--stop", action="append", default=[], help="text that ends a response and is cut off; may be repeated")
     made.add_argument("--seed", type=int, default=0, help="a draw depends on it and on the row's place in the file")
     made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
-    made.add_argument("--prompt_template", default="", help="with {prompt}, for prompts that are text")
-    made.add_argument("--chat", action="store_true", help="a prompt that is text is a user's message for the chat template")
-    made.add_argument("--max_prompt_tokens", type=int, default=0, help="longer prompts are cut from the left; 0: none is")
     made.add_argument("--token_logps", action="store_true", help="with the ids and log-probs of all tokens")
     made.add_argument("--limit", type=int, default=0, help="only the first so many rows; 0: all")
+    add_text_arguments(made)
     add_model_arguments(made)
     return made
 
@@ -59,16 +68,18 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Prompt:
+def read_prompt(row: dict, where: str, text: Text) -> Prompt:
     """A row's prompt. Raises DataError naming the column that is wrong."""
     row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one
     given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
-    limit = args.max_prompt_tokens or sys.maxsize
+    tokenizer, chat, writing = text
+    assert tokenizer is not None
+    limit = writing.max_prompt_tokens or sys.maxsize
     if "prompt_ids" in row:
         if not isinstance(given, list) or not given or not all(type(i) is int and i >= 0 for i in given):
             raise DataError(f"{where}: column 'prompt_ids' is {given!r:.60}; it must be a list of token ids")
         return Prompt(row, given[-limit:])
-    if isinstance(given, str) and args.chat:
+    if isinstance(given, str) and writing.text_as_chat:
         given = [{"role": "user", "content": given}]
     if isinstance(given, list):
         if chat is None:
@@ -86,27 +97,27 @@ def read_prompt(row: dict, where: str, args, tokenizer: Tokenizer, chat: ChatTem
             raise DataError(f"{where}: {error}") from error
     if not isinstance(given, str) or not given:
         raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
-    text = args.prompt_template.format(prompt=given) if args.prompt_template else given
-    ids = prompt_ids(text, tokenizer, limit)[0]
+    written = writing.prompt_template.format(prompt=given) if writing.prompt_template else given
+    ids = prompt_ids(written, tokenizer, limit)[0]
     if not ids:
         raise DataError(f"{where}: column 'prompt' is {given!r:.60}, which the tokenizer reads as no token at all")
     return Prompt(row, ids)
 
 
-def read_prompts(args, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[Prompt]:
+def read_prompts(args, text: Text) -> list[Prompt]:
     """All prompts. Raises ConfigError or DataError for the first that cannot be read."""
     if bool(args.prompts) == bool(args.prompt):
         raise ConfigError("name one of --prompts=FILE and --prompt=TEXT")
     if args.prompt:
-        return [read_prompt({"prompt": unescape(args.prompt)}, "--prompt", args, tokenizer, chat)]
-    records = open_records(args.prompts)
+        return [read_prompt({"prompt": unescape(args.prompt)}, "--prompt", text)]
+    records = open_sources(args.prompts, "--prompts")
     count = min(records.size, args.limit or records.size)
-    return [read_prompt(records.get(i), records.where(i), args, tokenizer, chat) for i in range(count)]
+    return [read_prompt(records.get(i), records.where(i), text) for i in range(count)]
 
 
 def check_settings(args) -> None:
     """Raises ConfigError for a setting out of its range."""
-    least = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1, "limit": 0, "max_prompt_tokens": 0}
+    least = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1, "limit": 0}
     for name, value in least.items():
         if getattr(args, name) < value:
             raise ConfigError(f"--{name}={getattr(args, name)}: it must be at least {value}")
@@ -117,8 +128,6 @@ def check_settings(args) -> None:
     args.stop = [unescape(s) for s in args.stop]
     if any(not s for s in args.stop):
         raise ConfigError("--stop='': it must not be empty")
-    args.prompt_template = unescape(args.prompt_template)
-    check_template(args.prompt_template)
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -193,15 +202,20 @@ def describe(response: sampling.Response, tokenizer: Tokenizer, ends: Sequence[i
 def generate(args: argparse.Namespace) -> None:
     """Samples, checks the log-probs of the first batch, and writes."""
     check_settings(args)
-    tokenizer, chat = open_tokenizer(args.model, args)
-    prompts = read_prompts(args, tokenizer, chat)
+    open_weights(
+        args.model, ignore=ignored_fields(args.ignore_fields), setting="--model"
+    )  # one that is not there is said first
+    text = open_text(args.model, args, Writing())
+    tokenizer = text.tokenizer
+    assert tokenizer is not None
+    prompts = read_prompts(args, text)
     out = Output(args.out)
     loaded = load_model(args.model, args, quiet=out.path is None)
     ids = [p.ids for p in prompts]
     check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens, "--max_prompt_tokens or --max_new_tokens")
     if max(map(max, ids)) >= loaded.config.vocab_size:
         raise ConfigError(f"a prompt holds the token id {max(map(max, ids))}, the model has {loaded.config.vocab_size}")
-    ends = stop_ids(tokenizer, chat)
+    ends = stop_ids(tokenizer, text.chat)
     settings = sampling.SampleSettings(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, ends, tokenizer.pad_id, args.num_samples
     )

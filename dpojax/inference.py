@@ -9,8 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax import sharding
+from dpojax.config import check_template, unescape
 from dpojax.data.chat import ChatTemplate
-from dpojax.data.tokens import Tokenizer, chat_template, load_tokenizer
+from dpojax.data.index import Dataset
+from dpojax.data.records import Records
+from dpojax.data.tokens import Limits, Tokenizer, chat_template, load_tokenizer, mask_ids
+from dpojax.data.triples import RowReader
+from dpojax.data.written import Writing, read_writing
 from dpojax.datasets import tokenizer_of
 from dpojax.errors import ConfigError, DpojaxError
 from dpojax.metrics import Progress, finite_json, say
@@ -33,13 +38,102 @@ class Loaded(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how a model is loaded and computed."""
-    parser.add_argument("--tokenizer", default="", help="its folder or file (default: the model's own)")
-    parser.add_argument("--chat_template", default="", help=".jinja file (default: the tokenizer's own)")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation and the weights"
     )
     parser.add_argument("--tensor", type=int, default=1, help="devices that share each layer; the rest share the rows")
     parser.add_argument("--ignore_fields", default="", help="fields of config.json that are known not to matter")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how rows become tokens; unset, they are those of the run that wrote the model."""
+    run = "default: as the run that wrote the model"
+    parser.add_argument("--tokenizer", default="", help="its folder or file (default: the model's own)")
+    parser.add_argument("--chat_template", default="", help=".jinja file (default: the tokenizer's own)")
+    parser.add_argument("--prompt_template", default=None, help=f"with {{prompt}}; as data.prompt_template ({run})")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"a prompt that is text is a user's message for the chat template; as data.text_as_chat ({run})",
+    )
+    parser.add_argument(
+        "--max_prompt_tokens", type=int, default=None, help=f"BOS included; longer prompts lose their start; 0: none ({run})"
+    )
+    parser.add_argument(
+        "--max_response_tokens", type=int, default=None, help=f"EOS included; longer ones lose their end; 0: none ({run})"
+    )
+    parser.add_argument("--mask_tokens", default=None, help=f"formatting tokens that do not count; as data.mask_tokens ({run})")
+    parser.add_argument(
+        "--mask_template",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"what a chat template adds does not count; as data.mask_template ({run})",
+    )
+
+
+class Text(NamedTuple):
+    """How a command line's rows become tokens."""
+
+    tokenizer: Tokenizer | None
+    chat: ChatTemplate | None  # None as well where a prompt template stands in its place
+    writing: Writing
+
+    def dataset(self, records: Records, kind: str) -> Dataset:
+        """Rows as groups of one kind of `RowReader`."""
+        own = self.writing
+        limits = Limits(own.max_prompt_tokens or sys.maxsize, own.max_response_tokens or sys.maxsize)
+        reader = RowReader(own.prompt_template, kind, self.chat)
+        masked = mask_ids(own.mask_tokens, self.tokenizer) if self.tokenizer is not None else frozenset()
+        return Dataset(records, reader, self.tokenizer, limits, mask_ids=masked, mask_template=own.mask_template)
+
+
+def tokenizer_place(name: str) -> str:
+    """The tokenizer that a command line names: a file, its folder, or a workdir or model that holds one."""
+    return (tokenizer_of(name) if pathlib.Path(name).is_dir() else "") or name
+
+
+def settle_writing(place: str, model: str, args: argparse.Namespace, defaults: Writing) -> Writing:
+    """Templates, limits and masks: as the command line says, else as the run that wrote tokenizer or model, else `defaults`.
+
+    Raises: ConfigError for one that is out of its range.
+    """
+    of_run = read_writing(place) if place else None
+    if of_run is None and model and (beside := tokenizer_of(model)):
+        of_run = read_writing(beside)
+    own = of_run or defaults
+    given = {key: getattr(args, key) for key in Writing._fields if getattr(args, key, None) is not None}
+    if args.chat is not None:
+        given["text_as_chat"] = args.chat
+    if "prompt_template" in given:
+        given["prompt_template"] = unescape(given["prompt_template"])
+        check_template(given["prompt_template"])
+        if given["prompt_template"]:
+            given.setdefault("text_as_chat", False)
+    elif args.chat_template or args.chat:
+        given["prompt_template"] = ""
+    for name in ("max_prompt_tokens", "max_response_tokens"):
+        if given.get(name, 0) < 0:
+            raise ConfigError(f"--{name}={given[name]}: it must be at least 0")
+    return own._replace(**given)
+
+
+def open_text(model: str, args: argparse.Namespace, defaults: Writing, *, needed: bool = True) -> Text:
+    """The tokenizer of the model at `model`, or the one that --tokenizer names, with its template, limits and masks.
+
+    Args:
+      needed: whether rows without a tokenizer are of no use.
+    Raises: ConfigError where there is none, or a setting is wrong.
+    """
+    place = tokenizer_place(args.tokenizer) if args.tokenizer else tokenizer_of(model)
+    writing = settle_writing(place, model, args, defaults)
+    if not place:
+        if needed:
+            raise ConfigError(f"{model}: there is no tokenizer beside the weights; name one with --tokenizer")
+        return Text(None, None, writing)
+    tokenizer = load_tokenizer(place)
+    chat = None if writing.prompt_template else chat_template(tokenizer, args.chat_template)
+    return Text(tokenizer, chat, writing)
 
 
 def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> Loaded:
@@ -53,15 +147,6 @@ def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> L
     params = weights.load(shardings, jnp.dtype(args.dtype), progress)
     progress.close(f"{num_params(weights.config) / 1e6:,.2f}M parameters, {weights.config.family}, {args.dtype}")
     return Loaded(model, weights.config, params, mesh, args.dtype)
-
-
-def open_tokenizer(path: str, args: argparse.Namespace) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer of the model at `path`, or the one that --tokenizer names, with its chat template."""
-    place = args.tokenizer or tokenizer_of(path)
-    if not place:
-        raise ConfigError(f"{path}: there is no tokenizer beside the weights; name one with --tokenizer")
-    tokenizer = load_tokenizer(place)
-    return tokenizer, chat_template(tokenizer, args.chat_template)
 
 
 class Output:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
 import time
 from collections.abc import Callable
@@ -12,15 +13,17 @@ import jax
 import numpy as np
 
 from dpojax import checkpoint, evaluate, reference, selfcheck, sharding, winrate
-from dpojax.config import bound_dtype, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
+from dpojax.config import Config, bound_dtype, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import PackGroups, groups_per_step
-from dpojax.data.tokens import copy_companions
+from dpojax.data.tokens import copy_companions, stop_ids
+from dpojax.data.written import Writing
 from dpojax.datasets import Data, open_data
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.models import lora
 from dpojax.models.table import num_params
+from dpojax.plain_data import read_json
 from dpojax.policy import (
     Policy,
     adapted,
@@ -168,15 +171,33 @@ def write_settings(job: Job, data: Data, policy: Policy) -> None:
     if not job.main_process:
         return
     folder = job.workdir / "tokenizer"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     beside = None if policy.weights is None else policy.weights.companions
     generation = None if beside is None else beside / "generation_config.json"
     if generation is not None and generation.is_file() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
     if data.tokenizer is not None:  # its own files, whatever lies beside the weights
         data.tokenizer.save(folder)
+        _write_text_files(job.config, data, folder)
     elif beside is not None:
         copy_companions(beside, folder)
+
+
+def _write_text_files(config: Config, data: Data, folder: pathlib.Path) -> None:
+    """What made the training text, beside the tokenizer: its template, what ends a response, templates, limits and masks."""
+    assert data.tokenizer is not None
+    c, chat = config.data, data.train.reader.chat
+    if chat is not None and c.chat_template:
+        (folder / "chat_template.jinja").write_text(chat.source, encoding="utf-8")
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)  # of the template that it stands in for
+    ends = sorted(stop_ids(data.tokenizer, chat))
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    named = generation.get("eos_token_id")
+    if ends != sorted(named if isinstance(named, list) else [named] if isinstance(named, int) else []):
+        values = {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    Writing(**{key: getattr(c, key) for key in Writing._fields}).save(folder)
 
 
 def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:

@@ -208,7 +208,7 @@ def initial_params(job: Job, policy: Policy) -> Any:
 def reference_params(job: Job, policy: Policy) -> Any:
     """The parameters of reference.init, as the policy's. Raises ConfigError for another architecture."""
     c = job.config
-    found = open_weights(c.reference.init, ignore=ignored_fields(c.model.ignore_fields))
+    found = open_weights(c.reference.init, ignore=ignored_fields(c.model.ignore_fields), setting="reference.init")
     ours, theirs = dataclasses.asdict(policy.config), dataclasses.asdict(found.config)
     differ = [k for k in ours if ours[k] != theirs[k] and k not in ("init_std", "max_positions")]
     if differ:

@@ -15,18 +15,20 @@ import jax
 import numpy as np
 
 from dpojax import reference, sharding, winrate
-from dpojax.config import check_template, unescape
 from dpojax.data.index import Dataset, Index, build_index
 from dpojax.data.pipeline import PackGroups, make_shape
-from dpojax.data.records import open_records
-from dpojax.data.tokens import Limits, mask_ids
-from dpojax.data.triples import DROPPED, Dropped, RowReader
+from dpojax.data.sources import open_sources
+from dpojax.data.triples import DROPPED, Dropped
+from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, DataError
 from dpojax.flags import Parser
-from dpojax.inference import Loaded, Output, add_model_arguments, load_model, note, open_tokenizer, run_tool
+from dpojax.inference import Loaded, Output, add_model_arguments, add_text_arguments, load_model, note, open_text, run_tool
 from dpojax.metrics import Progress, finite_json
 from dpojax.policy import check_positions
 from dpojax.train import make_token_logps_step
+from dpojax.weights import ignored_fields, open_weights
+
+DEFAULTS = Writing(max_prompt_tokens=2048, max_response_tokens=2048)  # of a model that no run of dpojax wrote
 
 
 def parser() -> Parser:
@@ -41,39 +43,26 @@ def parser() -> Parser:
     made.add_argument("--data", required=True, help="file of rows, or hf:NAME[:SPLIT]")
     made.add_argument("--out", default="-", help="JSONL, one line for each row; '-': standard output")
     made.add_argument("--beta", type=float, default=0.1, help="of the rewards")
-    made.add_argument("--max_prompt_tokens", type=int, default=2048, help="BOS included; prompts are cut from the left")
-    made.add_argument("--max_response_tokens", type=int, default=2048, help="EOS included; responses are cut from the right")
-    made.add_argument("--prompt_template", default="", help="with {prompt}; as data.prompt_template")
-    made.add_argument("--mask_tokens", default="", help="formatting tokens that do not count; as data.mask_tokens")
-    made.add_argument(
-        "--mask_template", action="store_true", help="what a chat template adds does not count; as data.mask_template"
-    )
     made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     made.add_argument("--micro_batch_tokens", type=int, default=4096, help="tokens of a forward pass on each device")
     made.add_argument("--limit", type=int, default=0, help="only the first so many usable rows; 0: all")
+    add_text_arguments(made)
     add_model_arguments(made)
     return made
 
 
 def read_rows(args) -> tuple[Dataset, Index]:
     """The rows, indexed. Raises ConfigError or DataError as training does."""
-    for name in ("max_prompt_tokens", "max_response_tokens", "batch_size", "micro_batch_tokens"):
+    for name in ("batch_size", "micro_batch_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}={getattr(args, name)}: it must be at least 1")
     if not args.beta > 0:
         raise ConfigError(f"--beta={args.beta}: it must be > 0")
-    template = unescape(args.prompt_template)
-    check_template(template)
-    records = open_records(args.data)
-    try:
-        tokenizer, chat = open_tokenizer(args.model, args)
-    except ConfigError:
-        if not {"prompt_ids", "chosen_ids"} & set(records.get(0)):
-            raise
-        tokenizer, chat = None, None  # rows of ids need none
-    reader = RowReader(template, "score", None if template else chat)
-    limits, masked = Limits(args.max_prompt_tokens, args.max_response_tokens), mask_ids(args.mask_tokens, tokenizer)
-    data = Dataset(records, reader, tokenizer, limits, mask_ids=masked, mask_template=args.mask_template)
+    for name in filter(None, (args.model, args.ref)):  # a model that is not there is said before anything else
+        open_weights(name, ignore=ignored_fields(args.ignore_fields), setting="--model" if name == args.model else "--ref")
+    records = open_sources(args.data, "--data")
+    of_ids = bool({"prompt_ids", "chosen_ids"} & set(records.get(0)))  # rows of ids need no tokenizer
+    data = open_text(args.model, args, DEFAULTS, needed=not of_ids).dataset(records, "score")
     progress = Progress(f"reading {records.name}", records.size, "rows", enabled=args.out != "-")
     index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=progress)
     progress.close(f"{len(index.rows):,} of {records.size:,} rows usable")

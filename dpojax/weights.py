@@ -4,6 +4,7 @@ Everything that takes a model (--config.model.init, convert, generate, score) op
 """
 
 import pathlib
+import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -46,15 +47,31 @@ def read_shape(path: str, *, ignore: Collection[str] = ()) -> ModelConfig:
     return model_config(read_json(file), file, ignore)
 
 
-def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # ORGANISATION/NAME
+
+
+def _not_there(path: str, setting: str) -> ConfigError:
+    """What to say of a model that does not exist: a name on the Hugging Face Hub is fetched first."""
+    where = f"{setting}={path!r}: there is no such file or folder"
+    if not _HUB_ID.fullmatch(path):
+        return ConfigError(where)
+    name = path.rpartition("/")[2]
+    return ConfigError(
+        f"{where}, and dpojax fetches nothing; if it is a name on the Hugging Face Hub: hf download {path} --local-dir {name}, "
+        f"then {setting}={name} (pip install huggingface_hub has the command hf)"
+    )
+
+
+def open_weights(path: str, *, ignore: Collection[str] = (), setting: str = "model.init") -> Weights:
     """The weights at `path`.
 
     Args:
       path: a directory (Hugging Face, PEFT adapter, dpojax workdir or checkpoint), or a llama2.c `.bin` file.
       ignore: fields of config.json that are known not to matter.
+      setting: what names the path, for messages.
     Raises: ConfigError if there are none, or they cannot be read. Its `load` raises NumericsError for weights that are not finite.
     """
-    weights = _open(path, ignore)
+    weights = _open(path, ignore, setting)
 
     def load(shardings, dtype, progress):
         params = weights.load(shardings, dtype, progress)
@@ -68,19 +85,19 @@ def open_weights(path: str, *, ignore: Collection[str] = ()) -> Weights:
     return weights._replace(load=load)
 
 
-def _open(path: str, ignore: Collection[str]) -> Weights:
+def _open(path: str, ignore: Collection[str], setting: str) -> Weights:
     place = pathlib.Path(path)
     if "\0" not in path and place.is_file():
         return _from_llama2c(place)
     if "\0" in path or not place.is_dir():
-        raise ConfigError(f"model.init={path!r}: there is no such folder")
+        raise _not_there(path, setting)
     if (place / peft.CONFIG).is_file():
         return _from_peft(place, ignore)
     if (place / "config.json").is_file():
         return _from_directory(place, ignore)
     if (step := newest_step(place)) is not None:
         return _from_checkpoint(step, ignore)
-    raise ConfigError(f"model.init={path!r}: neither a Hugging Face directory nor a dpojax checkpoint")
+    raise ConfigError(f"{setting}={path!r}: neither a Hugging Face directory nor a dpojax checkpoint")
 
 
 def _from_directory(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
@@ -98,7 +115,7 @@ def _from_llama2c(path: pathlib.Path) -> Weights:
 
 def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
     settings = peft.read_settings(folder)
-    base = _open(str(peft.base_folder(folder, settings)), ignore)
+    base = _open(str(peft.base_folder(folder, settings)), ignore, "base_model_name_or_path")
 
     def load(shardings, dtype, progress):
         params = base.load(shardings, dtype, progress)
@@ -154,4 +171,4 @@ def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str
     init = meta["config"]["model"]["init"]
     if not init:
         raise ConfigError(f"{workdir}: its adapters stand on random weights that no folder holds; there is nothing to load")
-    return _open(init, ignore)
+    return _open(init, ignore, "model.init")

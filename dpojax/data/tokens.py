@@ -293,6 +293,7 @@ TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in th
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model"),
+    "dpojax.json",  # data.written: how the run that trained the weights wrote its text
 )
 
 
@@ -623,6 +624,7 @@ class Cut(NamedTuple):
     prompt: int
     responses: tuple[int, ...]
     dropped: tuple[str, ...]  # the reason of each pair that was left out while others of its group stay
+    whole: tuple[tuple[int, int, int], ...] = ()  # tokens of prompt, chosen and rejected of every pair before it
     turns: int = 0  # messages of a dialogue that were left out whole
 
 
@@ -797,8 +799,15 @@ def tokenize(
     counted = _counted(arrays, group.masks, masked)
     # What holds only formatting tokens has nothing to score, as if it were empty.
     scored = responses if counted is None else [r if c.any() else () for r, c in zip(responses, counted, strict=True)]
-    sound = keep_sound(scored, group.pairs, had_pairs=bool(group.pairs))
+    sizes = [len(response) + lost for response, lost in zip(arrays, cuts, strict=True)]
+    whole = tuple((len(prompt) + prompt_cut, sizes[pair.chosen], sizes[pair.rejected]) for pair in group.pairs)
+    try:
+        sound = keep_sound(scored, group.pairs, had_pairs=bool(group.pairs))
+    except Dropped as verdict:
+        if prompt_cut or any(cuts):
+            verdict.whole = whole
+        raise
     arrays = tuple(arrays[i] for i in sound.kept)
     counted = None if counted is None else tuple(counted[i] for i in sound.kept)
-    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons, turns)
+    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons, whole, turns)
     return TokenGroup(np.asarray(prompt, np.int32), arrays, sound.pairs, row, counted=counted), cut

@@ -48,6 +48,8 @@ class Dropped(Exception):  # noqa: N818  # not an error: a verdict
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+        # Where truncation made it so: tokens of prompt, chosen and rejected of every pair before it.
+        self.whole: tuple[tuple[int, int, int], ...] | None = None
 
 
 class Dialogue(NamedTuple):
