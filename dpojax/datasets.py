@@ -1,7 +1,5 @@
 """config.data -> the datasets of a run, indexed: from files, or from the embedded world."""
 
-import dataclasses
-import functools
 import hashlib
 import pathlib
 import re
@@ -114,36 +112,40 @@ def open_data(job: Job) -> Data:
     sft, sft_index = _open_dataset(job, sft_records, tokenizer, kind="sft") if sft_records else (None, None)
     loss = config.loss.make()
     kind = "unpaired" if loss.unpaired else "pairs"
-    open_preferences = functools.partial(_open_dataset, job, tokenizer=tokenizer, kind=kind)
-    evaluation, eval_index = (None, None) if eval_records is None else open_preferences(eval_records)
-    if evaluation is not None and eval_index is not None:
-        _check_pairs(evaluation, eval_index, loss)
+
+    def open_preferences(records: Records, flip: float = 0.0) -> tuple[Dataset, Index]:
+        data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
+        _check_pairs(data, index, loss)
+        return data, index
+
+    # Where nothing is trained on preferences, those that are evaluated stand for the training data.
+    train, train_index = (None, None)
+    if config.num_steps:
+        train, train_index = open_preferences(train_records, config.data.flip_labels)
+    elif eval_records is None and sft is None:
+        eval_records = train_records
+    evaluation, eval_index = (None, None)
+    if eval_records is not None:
+        evaluation, eval_index = open_preferences(eval_records)
         eval_index = _first_of_each(eval_index, parts, config.data.eval_max_pairs)
-    if config.num_steps == 0:
-        # Nothing is trained on preferences: those that are evaluated stand for the training data.
-        if evaluation is None and sft is None:
-            evaluation, eval_index = open_preferences(train_records)
-            _check_pairs(evaluation, eval_index, loss)
-        if evaluation is None or eval_index is None:
-            assert sft is not None and sft_index is not None
-            return Data(tokenizer, sft, sft_index, None, None, (), sft, sft_index, has_preferences=False)
+    if train is None or train_index is None:
         train, train_index = evaluation, eval_index
-    else:
-        train, train_index = open_preferences(train_records, flip=config.data.flip_labels)
-        _check_pairs(train, train_index, loss)
-        if config.data.eval_share:
-            held_out = train_index.drawn_prompts(config.data.eval_share, config.data_seed)
-            evaluation, eval_index = dataclasses.replace(train, flip_labels=0.0), train_index
-            if config.data.flip_labels:
-                evaluation, eval_index = open_preferences(train_records)
-            eval_index = _only(eval_index, held_out, True)
-            train_index = _only(train_index, held_out, False)
-            if sft_index is not None and sft_records is train_records:
-                sft_index = _only(sft_index, held_out, False)
-            job.say(
-                f"held out: {len(held_out):,} prompts of {train_records.name} with {len(eval_index.rows):,} rows "
-                f"(data.eval_share={config.data.eval_share:g})"
-            )
+    elif config.data.eval_share:
+        held_out = train_index.drawn_prompts(config.data.eval_share, config.data_seed)
+        evaluation, eval_index = train, train_index
+        if config.data.flip_labels:
+            evaluation, eval_index = open_preferences(train_records)
+        eval_index = _only(eval_index, held_out, True)
+        train_index = _only(train_index, held_out, False)
+        if sft_index is not None and sft_records is train_records:
+            sft_index = _only(sft_index, held_out, False)
+        job.say(
+            f"held out: {len(held_out):,} prompts of {train_records.name} with {len(eval_index.rows):,} rows "
+            f"(data.eval_share={config.data.eval_share:g})"
+        )
+    if train is None or train_index is None:
+        assert sft is not None and sft_index is not None
+        return Data(tokenizer, sft, sft_index, None, None, (), sft, sft_index, has_preferences=False)
     if loss.needs("mismatched"):
         train_index = train_index.with_mismatched(config.data_seed)
         eval_index = None if eval_index is None else eval_index.with_mismatched(config.data_seed)

@@ -15,7 +15,7 @@ from dpojax.data.pipeline import PackGroups, eval_batches
 from dpojax.data.sources import Part
 from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.datasets import Data
-from dpojax.errors import ConfigError, NumericsError
+from dpojax.errors import NumericsError
 from dpojax.job import Job
 from dpojax.objectives import Loss
 from dpojax.policy import Policy, check_positions
@@ -193,13 +193,10 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
     if "kl" in samples:
         found |= {"kl": samples["kl"], "kl_standard_error": samples["kl_error"]}
     if reward_name(job.config):
-        reward = winrate.load_reward(reward_name(job.config))
-        scores = {name: list(map(float, reward(samples["prompt_texts"], samples["texts"][name]))) for name in ids}
-        for own in scores.values():
-            if len(own) != len(ids["policy"]):
-                raise ConfigError(
-                    f"sample.reward={reward_name(job.config)!r} gave {len(own)} scores for {len(ids['policy'])} responses"
-                )
+        spec = reward_name(job.config)
+        reward = winrate.load_reward(spec)
+        judged = {name: reward(samples["prompt_texts"], samples["texts"][name]) for name in ids}
+        scores = {name: winrate.check_scores(spec, values, len(ids["policy"])) for name, values in judged.items()}
         rate = winrate.win_rate(scores["policy"], scores["reference"])
         difference = lengths["policy"] - lengths["reference"]
         found |= {

@@ -150,6 +150,7 @@ def open_inputs(job: Job) -> Inputs:
     data = open_data(job)
     if data.eval_parts:  # each of them was cut to its first pairs already
         job.config = dataclasses.replace(job.config, data=dataclasses.replace(job.config.data, eval_max_pairs=0))
+    _try_reward(job, data)
     policy = open_policy(job, data, weights)
     groups, epoch_steps = 1, 1.0
     if data.has_preferences:
@@ -163,6 +164,18 @@ def open_inputs(job: Job) -> Inputs:
         )
     job.write(functools.partial(write_settings, job, data, policy))
     return Inputs(data, policy, groups)
+
+
+def _try_reward(job: Job, data: Data) -> None:
+    """Calls the user's own reward function on two held-out rows: its mistakes show now, not after the training."""
+    c = job.config.sample
+    if not (c.num_prompts and c.reward) or data.tokenizer is None or data.eval is None or data.eval_index is None:
+        return
+    rows = data.eval_index.rows[:2].tolist()
+    groups = [data.eval.text_group(row) for row in (rows * 2)[:2]]
+    texts = [(group.prompt, group.responses[0]) for group in groups]
+    plain = [[text if isinstance(text, str) else data.tokenizer.decode(text) for text in pair] for pair in texts]
+    winrate.try_reward(c.reward, [prompt for prompt, _ in plain], [response for _, response in plain])
 
 
 def write_settings(job: Job, data: Data, policy: Policy) -> None:

@@ -240,7 +240,8 @@ def test_bad_calls_of_score_say_what_is_wrong(tmp_path, stories, capfd):
     data = write(tmp_path / "d.jsonl", [{"prompt": "a", "chosen": "b"}])
     assert score.main([f"--model={stories}", f"--data={data}"]) == 3
     assert "d.jsonl:1: column 'rejected' is missing" in capfd.readouterr().err
-    assert score.main([f"--model={tmp_path}/none", f"--data={data}", "--tokenizer=" + stories]) == 3
+    assert score.main([f"--model={tmp_path}/none", f"--data={data}", "--tokenizer=" + stories]) == 2
+    assert "--model" in capfd.readouterr().err
     assert score.main([f"--model={stories}", f"--data={data}", "--beta=0"]) == 2
 
 
