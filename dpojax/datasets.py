@@ -37,7 +37,7 @@ class Data(NamedTuple):
 def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0) -> tuple[Dataset, Index]:
     config = job.config.data
     chat = None if tokenizer is None or config.prompt_template else chat_template(tokenizer, config.chat_template)
-    reader = RowReader(config.prompt_template, kind, chat)
+    reader = RowReader(config.prompt_template, kind, chat, config.text_as_chat and chat is not None)
     limits = Limits(config.max_prompt_tokens, config.max_response_tokens)
     masked = frozenset() if kind == "sft" else mask_ids(config.mask_tokens, tokenizer)
     mask_template = config.mask_template and kind != "sft"

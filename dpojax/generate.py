@@ -82,13 +82,17 @@ def read_prompt(row: dict, where: str, text: Text) -> Prompt:
     if isinstance(given, str) and writing.text_as_chat:
         given = [{"role": "user", "content": given}]
     if isinstance(given, list):
+        column = "messages" if "messages" in row else "prompt"
+        messages = read_messages(given, column, where)
+        if writing.prompt_template:
+            written = write_prompt(messages, row, None, where, writing.prompt_template).prompt
+            return Prompt(row, prompt_ids(written, tokenizer, limit)[0])
         if chat is None:
             raise DataError(
                 f"{where}: the prompt is a dialogue, and the tokenizer has no chat template; name one: --chat_template"
             )
-        column = "messages" if "messages" in row else "prompt"
         try:
-            group = write_prompt(read_messages(given, column, where), row, chat, where)
+            group = write_prompt(messages, row, chat, where)
         except Dropped as verdict:
             raise DataError(f"{where}: {DROPPED[verdict.reason]}") from verdict
         try:

@@ -83,7 +83,7 @@ class Text(NamedTuple):
         """Rows as groups of one kind of `RowReader`."""
         own = self.writing
         limits = Limits(own.max_prompt_tokens or sys.maxsize, own.max_response_tokens or sys.maxsize)
-        reader = RowReader(own.prompt_template, kind, self.chat)
+        reader = RowReader(own.prompt_template, kind, self.chat, own.text_as_chat)
         masked = mask_ids(own.mask_tokens, self.tokenizer) if self.tokenizer is not None else frozenset()
         return Dataset(records, reader, self.tokenizer, limits, mask_ids=masked, mask_template=own.mask_template)
 

@@ -210,7 +210,8 @@ def _write_text_files(config: Config, data: Data, folder: pathlib.Path) -> None:
     if ends != sorted(named if isinstance(named, list) else [named] if isinstance(named, int) else []):
         values = {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    Writing(**{key: getattr(c, key) for key in Writing._fields}).save(folder)
+    writing = Writing(**{key: getattr(c, key) for key in Writing._fields})
+    writing._replace(text_as_chat=data.train.reader.text_as_chat).save(folder)
 
 
 def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: str, shape: PackShape, groups: int) -> None:

@@ -110,8 +110,10 @@ def describe(row: dict[str, Any], group, lengths: Sequence[int], own: np.ndarray
         found = {name(side, k): v[i] for k, v in values.items() for side, i in sides.items()}
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in found.items()}
         return plain | {"margin": float(ranked[0] - ranked[-1])}
-    texts = row.get("completions", row.get("responses", list(group.responses)))
-    places = [group.responses.index(t) for t in texts]
+    # By a chat template a response is more than the row's text: its message has that.
+    spelled = list(group.responses) if group.answers is None else [answer["content"] for answer in group.answers]
+    texts = row.get("completions", row.get("responses", spelled))
+    places = [spelled.index(text) for text in texts]
     best = int(np.argmax([ranked[p] for p in places]))
     return {**{k: [float(v[p]) for p in places] for k, v in values.items()}, "best": best}
 

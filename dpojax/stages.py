@@ -470,6 +470,7 @@ def fingerprints(job: Job, data: Dataset, policy: Policy, **more: Any) -> dict[s
             "mask_ids": sorted(data.mask_ids),
             "mask_template": data.mask_template,
             "chat_template": None if data.reader.chat is None else checkpoint.digest(data.reader.chat.identity()),
+            "text_as_chat": data.reader.text_as_chat,
         },
         "seed": {"seed": c.seed, "data": c.data_seed, "shuffle": c.data.shuffle},
         **more,

@@ -268,7 +268,7 @@ class Dataset:
         parts: list[Any] = [VERSION, self.records.fingerprint, self.tokenizer and self.tokenizer.fingerprint]
         parts += [list(self.limits), self.reader.prompt_template, self.reader.kind, sorted(self.mask_ids)]
         parts += [self.flip_labels, self.seed if self.flip_labels else 0, self.mask_template]
-        parts += [self.reader.chat and self.reader.chat.identity()]
+        parts += [self.reader.chat and [self.reader.text_as_chat, self.reader.chat.identity()]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -130,6 +130,7 @@ class RowReader:
     # "sft": only the chosen response; "unpaired": a label for each response; "score": every response, and no pair is needed
     kind: str = "pairs"
     chat: ChatTemplate | None = None  # for message lists where there is no prompt_template
+    text_as_chat: bool = False  # a prompt that is text is a user's message for `chat`, a transcript its dialogue
 
     def read(self, row: Row, where: str) -> Group:
         """The group of a row.
@@ -162,8 +163,18 @@ class RowReader:
         if self.kind == "sft" and group.pairs:
             never_rejected = {p.chosen for p in group.pairs} - {p.rejected for p in group.pairs}
             best = min(never_rejected or {group.pairs[0].chosen})
-            return group.pick([best])._replace(masks=None, dropped=())
-        return group
+            group = group.pick([best])._replace(masks=None, dropped=())
+        return self._as_dialogue(group, row, where)
+
+    def _as_dialogue(self, group: Group, row: Row, where: str) -> Group:
+        """Texts as messages, where `text_as_chat` asks for it and there is a template."""
+        if not self.text_as_chat or self.chat is None or group.contents is not None or not isinstance(group.prompt, str):
+            return group
+        turns = [] if "prompt" in row else _turns(group.prompt)
+        before = turns or [{"role": "user", "content": group.prompt}]
+        words = [str(response).strip() if turns else str(response) for response in group.responses]
+        answers = [{"role": "assistant", "content": text} for text in words]
+        return _by_template(self.chat, before, answers, row, where)._replace(pairs=group.pairs, dropped=group.dropped)
 
 
 def _read_row(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
@@ -330,6 +341,17 @@ def _ranked(row: Row, where: str) -> Group:
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+def _turns(transcript: str) -> list[Message]:
+    """The turns of "\n\nHuman: ...\n\nAssistant:" as messages, without the last one, which waits for its words."""
+    found = list(_TURN.finditer(transcript))
+    ends = [turn.start() for turn in found[1:]]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[turn.group(1)], "content": transcript[turn.end() : end].strip()}
+        for turn, end in zip(found[:-1], ends, strict=True)
+    ]
+
+
 def _split_transcript(text: str, where: str) -> tuple[str, str]:
     """A dialogue split by message: everything up to the last "\\n\\nAssistant:", and what follows it.
 
@@ -397,11 +419,15 @@ def _options(row: Row, where: str) -> Any:
     return value or None
 
 
-def write_prompt(messages: Sequence[Message], row: Row, chat: ChatTemplate, where: str) -> Group:
-    """A dialogue that waits for its answer, as the chat template writes it: a group without responses.
+def write_prompt(messages: Sequence[Message], row: Row, chat: ChatTemplate | None, where: str, template: str = "") -> Group:
+    """A dialogue that waits for its answer, as the chat template writes it, or a prompt template: a group without responses.
 
     Raises: Dropped for a dialogue that spells a special token; DataError where the template refuses it.
     """
+    if template:
+        group = _by_prompt_template(messages, [], row, where)
+        return group._replace(prompt=template.format(prompt=group.prompt))
+    assert chat is not None
     return _by_template(chat, messages, [], row, where)
 
 
