@@ -459,15 +459,15 @@ def _validate(config: Config) -> None:
             value = getattr(config.model, size)
             _require(value is not None, f"model.{size}", value, "set, as model.init is '' (random weights)")
     if share and not config.data.train:
-        _require(False, "data.eval_share", share, "0, as data.train is '': the embedded world holds out pairs of its own")
-    if config.sft.num_steps and not config.data.train and not config.embedded:
-        raise ConfigError(f"data.train is '' while sft.num_steps is {config.sft.num_steps}; name a file to train on")
+        raise ConfigError(f"data.train is '' while data.eval_share is {share:g}; name a file of preferences in data.train")
     if share and config.data.eval:
         raise ConfigError(f"data.eval_share is {share:g} while data.eval is {config.data.eval!r}; set one of the two")
     own = {"tokenizer": config.tokenizer, "model.init": config.model.init, "data.eval": config.data.eval}
     for name, value in {**own, "sft.data": config.sft.data}.items():
         if value and not config.data.train and not (config.data.eval and config.num_steps == 0):
             raise ConfigError(f"{name} is {value!r} but data.train is ''; the embedded world brings its own; set data.train")
+    if config.sft.num_steps and not config.data.train and not config.embedded:
+        raise ConfigError(f"data.train is '' while sft.num_steps is {config.sft.num_steps}; name a file to train on")
     _validate_loss(config)
 
 
