@@ -647,19 +647,21 @@ def _nearest_file(file: pathlib.Path) -> str:
     return f"; did you mean {file.with_name(near.removesuffix('?'))}?" if near else ""
 
 
-def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> None:
+def apply_override(values: ml_collections.ConfigDict, key: str, text: str, *, flag: str = "config") -> None:
     """Sets `values.key` from the text of a command-line flag, read as the type that the key has.
 
+    Args:
+      flag: what stands before the key on the command line, for messages.
     Raises: ConfigError for an unknown key or text of another type.
     """
-    flag = f"--config.{key}={text}"
+    flag = f"--{flag}.{key}={text}"
     *parents, last = key.split(".")
     node: Any = values
     for depth, part in enumerate(parents):
         if not isinstance(node, ml_collections.ConfigDict) or part not in node:
             raise ConfigError(f"{flag}: {_unknown(node, '.'.join(parents[:depth]), part, key)}")
         node = node[part]
-    if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not _is_mapping(".".join(parents))):
+    if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not (last and _is_mapping(".".join(parents)))):
         raise ConfigError(f"{flag}: {_unknown(node, '.'.join(parents), last, key)}")
     if last in node and isinstance(node[last], ml_collections.ConfigDict):
         keys = ", ".join(f"{key}.{k}" for k in map(str, node[last])) or f"{key}.NAME"
@@ -669,7 +671,7 @@ def apply_override(values: ml_collections.ConfigDict, key: str, text: str) -> No
     try:
         value = None if optional and text == "None" else readers[kind](text)
     except ValueError as error:
-        raise ConfigError(f"--config.{key}={text!r}: it must be of type {kind.__name__}") from error
+        raise ConfigError(f"{flag}: it must be of type {kind.__name__}") from error
     if key == "data.prompt_template":
         value = unescape(value)
     with node.unlocked(), node.ignore_type():

@@ -94,7 +94,7 @@ def combinations(values, grid: Mapping[str, Sequence[str]], overridden: frozense
     for chosen in itertools.product(*grid.values()):
         own = values.copy_and_resolve_references()
         for key, text in zip(grid, chosen, strict=True):
-            apply_override(own, key, text)
+            apply_override(own, key, text, flag="sweep")
         name = ",".join(f"{k.rpartition('.')[2]}={v}" for k, v in zip(grid, chosen, strict=True))
         if name in found:
             raise ConfigError(f"--sweep: {name} stands there twice")

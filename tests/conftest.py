@@ -33,13 +33,13 @@ jax.config.update("jax_threefry_partitionable", True)
 
 
 def _checked(self, *args):
-    """Every ConfigError that a test raises lists something where it lists."""
+    """Every error that a test raises lists something where it lists."""
     Exception.__init__(self, *args)
     found = messages.faults(str(self))
     assert not found, (found, str(self))
 
 
-errors.ConfigError.__init__ = _checked
+errors.DpojaxError.__init__ = _checked
 
 DATA = pathlib.Path(os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
 

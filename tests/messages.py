@@ -1,8 +1,10 @@
-"""What every message of a ConfigError must hold to: conftest checks each one that a test raises."""
+"""What every message of a DpojaxError must hold to: conftest checks each one that a test raises."""
 
 import re
 
-_EMPTY_LIST = re.compile(r"\b(there is|there are|takes only|one of|it has|names out of|these do:|they are)\s*([;,.)]|$)")
+_EMPTY_LIST = re.compile(
+    r"\b(there is|there are|takes only|one of|it has|the row has|names out of|these do:|they are)\s*([;,.)]|$)"
+)
 _GAPS = re.compile(r",\s*,|\(\s*\)|:\s*$|;\s*$|\bNone of\b")
 
 

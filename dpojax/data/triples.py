@@ -214,7 +214,7 @@ def _read_row(row: Row, where: str, template: str, chat: ChatTemplate | None) ->
 
 def _text(row: Row, key: str, where: str) -> str:
     if key not in row:
-        raise DataError(f"{where}: column {key!r} is missing; the row has {', '.join(map(repr, row))}")
+        raise DataError(f"{where}: column {key!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: column {key!r} is {row[key]!r:.60}, of type {type(row[key]).__name__}, not a string")
     return row[key]
