@@ -181,11 +181,16 @@ class JsonTokenizer:
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(continuation))
             dialogue, notes = _for_dialogues(spec, files)
             self._chat = tokenizers.Tokenizer.from_str(json.dumps(dialogue))
+            self._chat_continuation = self._continuation
+            if notes:  # transformers reads dialogues by other rules than this file's
+                self._chat_continuation = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(dialogue)))
         except Exception as error:  # the Rust side raises bare Exception
             raise ConfigError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
         _check_decoder(spec.get("decoder"), self.path)
-        added = _add_tokens((self._prompt, self._continuation, self._chat), files)
-        for tokenizer in (self._prompt, self._continuation, self._chat):
+        all_of_them = (self._prompt, self._continuation, self._chat, self._chat_continuation)
+        added = _add_tokens(all_of_them, files)
+        _find_specials(self._chat)
+        for tokenizer in all_of_them:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         for tokenizer in (self._prompt, self._continuation):
@@ -252,7 +257,7 @@ class JsonTokenizer:
         lead = text[:end]
         if first and self._added[first.group()].lstrip:
             lead = lead.rstrip()
-        ids, places = _encode(self._continuation, lead, spans) if lead else ([], [])
+        ids, places = _encode(self._chat_continuation, lead, spans) if lead else ([], [])
         if first:
             more, more_places = _encode(self._chat, text[end:], spans)
             ids, places = ids + more, places + [(end + a, end + b) for a, b in more_places]
@@ -355,13 +360,11 @@ def _check_decoder(spec: Any, path: pathlib.Path) -> None:
 def _for_dialogues(spec: dict, files: TokenizerFiles) -> tuple[dict, tuple[str, ...]]:
     """The tokenizer.json `spec` changed to what transformers reads the text of a chat template with, and what to say of it.
 
-    Special tokens are found in the text as it is, whatever normalisation would make of them. Llama's classes put a word's
-    mark by Metaspace, in place of a file's older normalizer: at the start of the dialogue, and not after special tokens.
+    Llama's classes put a word's mark by Metaspace, in place of a file's older normalizer: at the start of the dialogue, and
+    not after special tokens.
+    They know no unknown piece: what the vocabulary cannot write is left out.
     """
     spec = copy.deepcopy(spec)
-    for token in spec.get("added_tokens", ()):
-        if token.get("special"):
-            token["normalized"] = False
     if files.flags.get("tokenizer_class") not in LLAMA_CLASSES or '"Prepend"' not in json.dumps(spec.get("normalizer")):
         return spec, ()
     if files.flags.get("add_prefix_space") is False:
@@ -371,6 +374,7 @@ def _for_dialogues(spec: dict, files: TokenizerFiles) -> tuple[dict, tuple[str, 
     else:
         scheme = "first"
     spec["normalizer"] = None
+    spec["model"] |= dict(unk_token=None, fuse_unk=True, byte_fallback=True)
     spec["pre_tokenizer"] = dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme, split=False)
     said = (
         f"{files.place}: tokenizer_class {files.flags['tokenizer_class']} and the normalizer of tokenizer.json mark words "
@@ -386,23 +390,13 @@ def _add_tokens(all_of_them: Sequence[tokenizers.Tokenizer], files: TokenizerFil
     Raises: ConfigError for a token that cannot have the id that it is given, and for a BOS or EOS that is nowhere.
     """
     changed: list[str] = []
-    known = [tokenizer.get_added_tokens_decoder() for tokenizer in all_of_them]
+    known = all_of_them[0].get_added_tokens_decoder()
     for number, token, path in files.added:
-        before = known[0].get(number)
-        if repr(before) == repr(token):
+        if repr(known.get(number)) == repr(token):
             continue
         changed.append(token.content)
-        # Special tokens are found in the text as it is (see `_for_dialogues`).
-        plain = tokenizers.AddedToken(
-            token.content,
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized and not token.special,
-            special=token.special,
-        )
         for tokenizer in all_of_them:
-            tokenizer.add_tokens([plain])
+            tokenizer.add_tokens([token])
             given = tokenizer.token_to_id(token.content)
             if given != number:
                 raise ConfigError(
@@ -420,6 +414,22 @@ def _add_tokens(all_of_them: Sequence[tokenizers.Tokenizer], files: TokenizerFil
             for tokenizer in all_of_them:
                 tokenizer.add_special_tokens([tokenizers.AddedToken(name.text, normalized=False, special=True)])
     return changed
+
+
+def _find_specials(tokenizer: tokenizers.Tokenizer) -> None:
+    """Special tokens that the normalizer would change, and so hide in its text, are found in the text as it is."""
+    normalizer = tokenizer.normalizer
+    for token in tokenizer.get_added_tokens_decoder().values() if normalizer else ():
+        if token.special and token.normalized and normalizer.normalize_str(token.content) != token.content:
+            plain = tokenizers.AddedToken(
+                token.content,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=False,
+                special=True,
+            )
+            tokenizer.add_tokens([plain])
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str, spans: bool) -> tuple[list[int], Spans]:
