@@ -8,7 +8,9 @@ import shutil
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests of accelerators take their device and compare with the CPU of the same process.
+PLATFORM = os.environ.get("DPOJAX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the runs that they start compile a program once between them; .ci/run names one folder for all its steps.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpojax-compiled-")

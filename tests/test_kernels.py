@@ -334,3 +334,33 @@ def test_slices_are_crossed_by_the_data_axis_alone():
     assert set(ids[:2].ravel()) == {0, 1, 2, 3} and set(ids[2:].ravel()) == {4, 5, 6, 7}
     with pytest.raises(ConfigError, match=r"mesh.num_slices=3: it must divide mesh.data, which is 4"):
         sharding.make_mesh(data=4, fsdp=2, tensor=1, num_slices=3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_of_the_precision_that_the_dtype_promises(dtype):
+    """In both passes, on any device: JAX's default rounds float32 to tf32 on GPUs and to bfloat16 on TPUs."""
+    model = tiny.model(dtype=dtype)
+    batch, _ = tiny.pack(tiny.groups(np.random.default_rng(1), 4))
+    mb = micro_batch(jax.tree.map(jnp.asarray, batch), 0)
+
+    def total(params):
+        return jnp.sum(batch_scores(model, params, mb, chunk=16).logps)
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    text = jax.jit(jax.grad(total)).lower(params).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    highest = [line for line in products if "precision = [HIGHEST, HIGHEST]" in line]
+    assert len(products) > 20
+    assert len(highest) == (len(products) if dtype == "float32" else 0)
+
+
+def test_attention_prepares_without_scatters():
+    """XLA rewrites scatters where it must be deterministic on GPUs, and did so wrongly in several versions."""
+    batch, shape = tiny.pack(tiny.groups(np.random.default_rng(1), 4), row_groups=4)
+    rows = rows_of(batch)
+    for kernel in (
+        blocked(block=32, chains=1),
+        kernels.cudnn_sequences(shape, ()),
+        kernels.splash_lanes(shape, (), interpret=True),
+    ):
+        assert "scatter" not in str(jax.make_jaxpr(kernel.prepare)(rows))

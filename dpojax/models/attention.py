@@ -206,6 +206,16 @@ def _blocked_bwd(softcap, block, most, residuals, d_out):
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
+def first_of_group(group: Int[Array, "R L"]) -> Int[Array, "R L"]:
+    """The index of the first token with each token's group; by sorting, since XLA's scatters are not to be relied on."""
+    order = jnp.argsort(group, axis=1, stable=True)
+    ordered = jnp.take_along_axis(group, order, axis=1)
+    begins = jnp.diff(ordered, axis=1, prepend=ordered[:, :1] - 1) != 0
+    begin = jax.lax.cummax(jnp.where(begins, jnp.arange(group.shape[1]), 0), axis=1)
+    first = jnp.take_along_axis(order, begin, axis=1)
+    return jnp.take_along_axis(first, jnp.argsort(order, axis=1), axis=1)
+
+
 def prepare_blocks(rows: Rows, *, block: int, chains: int) -> Blocks:
     """Chains and pads rows for `attend_blocks`, and finds where every group starts.
 
@@ -222,9 +232,7 @@ def prepare_blocks(rows: Rows, *, block: int, chains: int) -> Blocks:
         group, branch, position = (x.reshape(chains, -1) for x in (group, branch, position))
     num_rows, length = group.shape
     index = jnp.broadcast_to(jnp.arange(length), group.shape)
-    at = (jnp.arange(num_rows)[:, None], group)
-    start = jnp.full((num_rows, length + 1), length, jnp.int32).at[at].min(index)[at]
-    start = jnp.where(group > 0, start, index)
+    start = jnp.where(group > 0, first_of_group(group), index)
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, -length % block)))
     # Padding behind the rows' end stands for itself, so that its blocks see nothing else.
     return Blocks(pad(group), pad(branch), pad(position), pad(start, constant_values=length))

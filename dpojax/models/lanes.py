@@ -8,6 +8,7 @@ those of `full_attention` up to rounding, at the price of computing prompt-promp
 Legend: R rows, L row length, K lanes (responses of a group), N places of a lane, H heads, E head dim.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,11 +28,17 @@ class Lanes(NamedTuple):
 
 
 def _with_sources(place, own, group, size: int) -> Lanes:
-    """Lanes from the tokens' places: the inverse of a permutation of integers."""
-    rows, lanes, length = place.shape
-    index = jnp.broadcast_to(jnp.arange(length), place.shape)
-    at = (jnp.arange(rows)[:, None, None], jnp.arange(lanes)[None, :, None], place)
-    source = jnp.full((rows, lanes, size), length, jnp.int32).at[at].set(index, mode="drop")
+    """Lanes from the tokens' places, which rise along a row; a place of `size` is none.
+
+    The inverse is a search and not a scatter: with --xla_gpu_deterministic_ops, XLA rewrites scatters, and wrongly
+    (openxla/xla#31746, #34870).
+    """
+    length = place.shape[2]
+    risen = jax.lax.cummax(jnp.where(place < size, place, -1), axis=2)
+    search = functools.partial(jnp.searchsorted, v=jnp.arange(size))
+    source = jax.vmap(jax.vmap(search))(risen).astype(jnp.int32)
+    taken = jnp.take_along_axis(jnp.pad(risen, ((0, 0), (0, 0), (0, 1)), constant_values=-1), source, axis=2)
+    source = jnp.where(taken == jnp.arange(size), source, length)
     padded = jnp.pad(group, ((0, 0), (0, 1)))
     segment = jnp.take_along_axis(padded[:, None], source, axis=2)
     return Lanes(source, place, own, segment)
