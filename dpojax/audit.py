@@ -37,6 +37,8 @@ class Audit(NamedTuple):
     duplicated: list[str]  # the same pair again
     contradictory: list[str]  # the same responses with the labels reversed
     cut_prompts: int
+    cut_turns: int  # messages of these that are left out whole
+    cut_contents: int  # prompts of these that lose the start of a message
     cut_responses: int
     # [pairs, 3] tokens of prompt, chosen, rejected; unpaired: prompt, response, response. After truncation, and before it
     # (whole_lengths, with the pairs that truncation takes away).
@@ -80,6 +82,8 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         if isinstance(text.prompt, str) and text.prompt[-1:].strip():
             count["glued"] += sum(bool(str(r)[:1].strip()) for r in text.responses)
         count["cut_prompts"] += cut.prompt > 0
+        count["cut_turns"] += cut.turns
+        count["cut_contents"] += cut.content > 0
         count["cut_responses"] += sum(c > 0 for c in cut.responses)
         count["one_bos"] += bool(group.prompt[0] == bos and (group.prompt == bos).sum() == 1)
         for response in group.responses:
@@ -109,6 +113,8 @@ def audit(data: Dataset, *, show: int, progress) -> Audit:
         duplicated=duplicated,
         contradictory=contradictory,
         cut_prompts=count["cut_prompts"],
+        cut_turns=count["cut_turns"],
+        cut_contents=count["cut_contents"],
         cut_responses=count["cut_responses"],
         lengths=np.asarray(lengths).reshape(-1, 3),
         whole_lengths=np.asarray(whole_lengths).reshape(-1, 3),
@@ -157,6 +163,9 @@ def lines(found: Audit) -> list[str]:
     line(len(found.duplicated), f"{unit} occur again", found.duplicated)
     line(len(found.contradictory), f"{unit} contradict another (labels reversed)", found.contradictory)
     line(found.cut_prompts, "prompts would be cut")
+    if found.cut_turns or found.cut_contents:
+        line(found.cut_turns, "messages of dialogues would be left out whole, the oldest first")
+        line(found.cut_contents, "dialogues would lose the start of the first message that is left")
     line(found.cut_responses, f"responses of {found.responses:,} would be cut")
     line(found.one_bos, "prompts start with their one BOS")
     line(found.ends_in_eos, f"responses of {found.responses:,} end in EOS; {found.eos_inside:,} hold one before their end")

@@ -65,7 +65,9 @@ def _open_dataset(job: Job, records: Records, tokenizer, *, kind: str, flip=0.0)
     if left_out:
         job.write_file(name, "\n".join(left_out) + "\n")
     dropped = f"left out {', '.join(notes)}{f' (see {name})' if left_out else ''}; " if notes else ""
-    cut = f"cut {counts.get('cut/prompt', 0)} prompts and {counts.get('cut/response', 0)} pairs' responses"
+    turns, contents = counts.get("cut/turns", 0), counts.get("cut/content", 0)
+    of_turns = f" ({turns} whole messages, {contents} by the start of a message)" if turns or contents else ""
+    cut = f"cut {counts.get('cut/prompt', 0)} prompts{of_turns} and {counts.get('cut/response', 0)} pairs' responses"
     progress.close(f"{len(index.rows):,} of {records.size:,} rows usable; {dropped}{cut}")
     return data, index
 
@@ -89,6 +91,8 @@ def _open_sources(job: Job) -> _Sources:
         return _Sources(made.tokenizer, made.train, made.eval, (), made.demonstrations if want_sft else None)
     place = config.tokenizer or tokenizer_of(config.model.init)
     tokenizer = load_tokenizer(place) if place else None
+    for note in tokenizer.notes if tokenizer else ():
+        job.say(note)
     held_out, parts = open_named(config.data.eval, "data.eval") if config.data.eval else (None, ())
     train = open_sources(config.data.train, "data.train") if config.data.train else None
     sft = None

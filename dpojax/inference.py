@@ -132,6 +132,8 @@ def open_text(model: str, args: argparse.Namespace, defaults: Writing, *, needed
             raise ConfigError(f"{model}: there is no tokenizer beside the weights; name one with --tokenizer")
         return Text(None, None, writing)
     tokenizer = load_tokenizer(place)
+    for line in tokenizer.notes:
+        print(line, file=sys.stderr, flush=True)
     chat = None if writing.prompt_template else chat_template(tokenizer, args.chat_template)
     return Text(tokenizer, chat, writing)
 

@@ -7,11 +7,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from dpojax import generate
+from dpojax import audit, generate
 from dpojax.data.chat import ChatTemplate
 from dpojax.data.tokens import Limits, chat_template, load_tokenizer, tokenize
 from dpojax.data.triples import Dropped, RowReader
+from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, DataError
+from dpojax.inference import Text
 
 # It writes every field that a message may hold, and what it sees beside the messages.
 SEEING = (
@@ -58,8 +60,8 @@ def test_every_field_reaches_the_template_in_every_command(message, shown, tmp_p
     assert shown in texts[0] and len(set(texts)) == 1
     save_tokenizer(tmp_path, "first")
     tokenizer = load_tokenizer(str(tmp_path))
-    args = generate.parser().parse_args(["--model=x"])
-    found = generate.read_prompt({"messages": prompt}, "rows:1", args, tokenizer, ChatTemplate(SEEING))
+    text = Text(tokenizer, ChatTemplate(SEEING), Writing())
+    found = generate.read_prompt({"messages": prompt}, "rows:1", text)
     assert found.ids == tokenizer.encode_chat(texts[0])[0]
 
 
@@ -313,3 +315,21 @@ def test_what_cannot_be_cut_and_is_too_long_is_an_error(messages, more, tmp_path
     limit = more.pop("limit", 30) if "limit" in more else 30
     with pytest.raises(DataError, match=f"longer than {limit} tokens"):
         cut(tmp_path, messages, limit, **more)
+
+
+def test_the_audit_shows_what_is_cut_and_what_contradicts(tmp_path, capsys):
+    save_tokenizer(tmp_path, "never", add_bos_token=True, chat_template="<s>" + GLUED)
+    long = [ASK, ANSWER, ASK, ANSWER, {"role": "user", "content": "x" * 30}]
+    rows = [pair(messages) for messages in ([ASK], [ASK, ANSWER, ASK], long)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [f"--data={tmp_path / 'rows.jsonl'}", f"--tokenizer={tmp_path}", "--max_prompt_tokens=20"]
+    assert audit.main(argv) == 0
+    shown = capsys.readouterr()
+    assert "add_bos_token=True" in shown.err
+    for line in (
+        "3 rows, 3 usable pairs",
+        "2 prompts would be cut",
+        "6 messages of dialogues would be left out whole",
+        "1 dialogues would lose the start of the first message that is left",
+    ):
+        assert line in shown.out, line

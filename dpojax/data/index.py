@@ -44,7 +44,9 @@ class Index(NamedTuple):
     margins: np.ndarray
     prompt_hashes: np.ndarray  # [n] equal for equal prompts
     largest_id: np.ndarray  # [] the largest token id
-    counts: dict[str, int]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/turns, cut/response, bad_line
+    counts: dict[
+        str, int
+    ]  # rows, dropped/<reason>, dropped_pair/<reason>, cut/prompt, cut/turns, cut/content, cut/response, bad_line
     bad: tuple[str, ...]  # the message of each line that could not be read
     dropped: tuple[str, ...]  # "file:line: reason" of each row without a usable pair, and of each pair left out of a group
     # [n, 2] source row and response number of what stands as the last response of the group: an answer to another prompt
@@ -307,6 +309,7 @@ def build_index(data: Dataset, *, on_bad_line: str, max_bad_share: float, progre
         group, cut = found.tokens, found.cut
         counts["cut/prompt"] += cut.prompt > 0
         counts["cut/turns"] += cut.turns
+        counts["cut/content"] += cut.content > 0
         counts["cut/response"] += any(cut.responses)
         counts.update(f"dropped_pair/{reason}" for reason in cut.dropped)
         dropped += [f"{data.records.where(row)}: a pair of the group: {DROPPED[reason]}" for reason in cut.dropped]

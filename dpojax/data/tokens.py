@@ -636,6 +636,7 @@ class Cut(NamedTuple):
     dropped: tuple[str, ...]  # the reason of each pair that was left out while others of its group stay
     whole: tuple[tuple[int, int, int], ...] = ()  # tokens of prompt, chosen and rejected of every pair before it
     turns: int = 0  # messages of a dialogue that were left out whole
+    content: int = 0  # tokens that the first messages that are left lost of their contents
 
 
 def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
@@ -656,6 +657,7 @@ class Fitted(NamedTuple):
     group: Group  # written anew where messages were cut
     cut: int  # tokens that the prompt lost
     turns: int  # messages that were left out whole
+    content: int  # tokens of `cut` that were the start of a content
 
 
 def chat_prompt(group: Group, tokenizer: Tokenizer, limit: int) -> Fitted:
@@ -669,7 +671,7 @@ def chat_prompt(group: Group, tokenizer: Tokenizer, limit: int) -> Fitted:
     assert isinstance(group.prompt, str) and group.dialogue is not None
     ids, _ = tokenizer.encode_chat(group.prompt)
     if len(ids) <= limit:
-        return Fitted(ids, group, 0, 0)
+        return Fitted(ids, group, 0, 0, 0)
     messages = list(group.dialogue.messages)
     head = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
     users = [i for i in range(head, len(messages)) if messages[i]["role"] == "user"]
@@ -694,9 +696,10 @@ def chat_prompt(group: Group, tokenizer: Tokenizer, limit: int) -> Fitted:
     else:
         shorter = ids
     turns = len(messages) - head - len(rest)
-    if len(shorter) > limit:
-        shorter, written = _cut_content(rest, rewrite, tokenizer, len(shorter) - limit, limit)
-    return Fitted(shorter, written, len(ids) - len(shorter), turns)
+    uncut = len(shorter)
+    if uncut > limit:
+        shorter, written = _cut_content(rest, rewrite, tokenizer, uncut - limit, limit)
+    return Fitted(shorter, written, len(ids) - len(shorter), turns, uncut - len(shorter))
 
 
 def _cut_content(rest: Sequence[Message], rewrite, tokenizer: Tokenizer, over: int, limit: int):
@@ -785,13 +788,13 @@ def tokenize(
     Raises: Dropped if truncation made the two sides of a pair the same, or nothing is left to predict from; DataError where
       the words of a message are to be told from what a template adds, and it changed them.
     """
-    turns = 0
+    turns = content_cut = 0
     if group.contents is None:
         prompt, prompt_cut = prompt_ids(group.prompt, tokenizer, limits.prompt)
         responses, cuts = zip(*(response_ids(r, tokenizer, limits.response) for r in group.responses), strict=True)
     else:
         assert tokenizer is not None
-        prompt, group, prompt_cut, turns = chat_prompt(group, tokenizer, limits.prompt)
+        prompt, group, prompt_cut, turns, content_cut = chat_prompt(group, tokenizer, limits.prompt)
         if mask_template and None in (group.contents or ()):
             raise DataError(
                 "data.mask_template: the words of a message cannot be told from the chat template's own: it changes them, or "
@@ -819,5 +822,5 @@ def tokenize(
         raise
     arrays = tuple(arrays[i] for i in sound.kept)
     counted = None if counted is None else tuple(counted[i] for i in sound.kept)
-    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons, whole, turns)
+    cut = Cut(prompt_cut, cuts, group.dropped + sound.reasons, whole, turns, content_cut)
     return TokenGroup(np.asarray(prompt, np.int32), arrays, sound.pairs, row, counted=counted), cut
