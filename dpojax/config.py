@@ -1,30 +1,35 @@
 """ConfigDict at the edge -> frozen dataclasses inside. Unknown, missing and mistyped keys raise.
 
 A config file is Python and is executed: run only files that you trust. A `.json` file holds the same
-keys as plain data and executes nothing. No hyper-parameter has a default here; configs/*.py define them.
+keys as plain data and executes nothing, unless the command line says --allow_code. No hyper-parameter has a default here; configs/*.py define them.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import pathlib
+import string
 import sys
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
 
 from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean, nearest_setting
+from dpojax.functions import names_code, run_file
 from dpojax.losses import F_DIVERGENCES
 from dpojax.objectives import Loss, make_loss, settings_not_taken
+from dpojax.plain_data import existing_path, number_fault, read_json
 
 LOGICAL_AXES = (
     *("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "layers", "positions", "experts", "router", "lora"),
 )
+CODE_SETTINGS = ("loss.name", "sample.reward")  # whose text may name a function of one's own
+MAY_BE_INFINITE = ("optim.clip_norm", "optim.spike_factor")  # none
 QUANTISED = ("int8", "fp8", "nf4")
 STORED = ("", "float32", "bfloat16", *QUANTISED)  # what a frozen tree may be stored in; "": model.param_dtype
 # The moments and eps that each optimizer has, as published or as the common implementations set them: what optim.* means unset.
@@ -336,10 +341,15 @@ def _convert(value, kind, field: str):
         if not isinstance(value, dict):
             raise ConfigError(f"{field} is {value!r}; it must map names to values of type {of.__name__}")
         return {k: _convert(v, of, f"{field}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{field} is {value!r}, of type {type(value).__name__}; it must be {kind.__name__}")
+    if kind in (int, float):
+        fault = number_fault(value, kind, infinite=field in MAY_BE_INFINITE)
+        if fault is not None:
+            raise ConfigError(f"{field} is {value!r:.60}, of type {type(value).__name__}; {fault}")
+        return kind(value)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{field} is {value!r:.200}, of type {type(value).__name__}; it must be {kind.__name__}")
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{field} is {value!r:.200}; it holds a NUL character")
     return value
 
 
@@ -604,32 +614,28 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "
     return found
 
 
-def load_config_file(spec: str) -> ml_collections.ConfigDict:
+def load_config_file(spec: str, *, allow_code: bool = False, overridden: Collection[str] = ()) -> ml_collections.ConfigDict:
     """`FILE.py[:argument]` (calls its get_config) or `FILE.json` -> ConfigDict.
 
-    Raises: ConfigError if the file does not exist, does not load, or refuses the argument.
+    Args:
+      allow_code: a .json file may name functions of modules and files, which are executed.
+      overridden: dotted keys that the command line sets: what the file says of them does not matter.
+    Raises: ConfigError if the file does not exist, does not load, names code that is not allowed, or refuses the argument.
     """
     path, _, argument = spec.partition(":")
-    file = pathlib.Path(path)
-    if "\0" in path or not file.is_file():
-        raise ConfigError(f"--config={spec!r}: there is no file {path!r}{_nearest_file(file)}")
+    file = existing_path(path)
+    if file is None or not file.is_file():
+        raise ConfigError(f"--config={spec!r:.300}: there is no file {path!r:.300}{_nearest_file(path)}")
     if file.suffix == ".json":
-        try:
-            values = json.loads(file.read_text())
-            if not isinstance(values, dict):
-                raise ValueError(f"a {type(values).__name__}")
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config={spec}: not a JSON object: {error}") from error
-        return ml_collections.ConfigDict(values)
+        values = _load_plain(file)
+        if not allow_code:
+            _refuse_code(file, values, overridden)
+        return values
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.append(root)  # a config may start from a sibling: `from configs import tldr`
-    module_spec = importlib.util.spec_from_file_location(f"dpojax_config_{file.stem}", file)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"--config={spec}: not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = run_file(str(file), file.stat().st_mtime_ns, f"dpojax_config_{file.stem}")
         return module.get_config(argument) if argument else module.get_config()
     except ConfigError:
         raise
@@ -637,14 +643,36 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
 
 
-def _nearest_file(file: pathlib.Path) -> str:
+def _nearest_file(path: str) -> str:
     """The file beside a missing one that is spelt most like it."""
+    file = pathlib.Path(path)
     try:
         beside = sorted(p.name for p in file.parent.iterdir() if p.suffix in (".py", ".json"))
     except (OSError, ValueError):
         return ""
     near = did_you_mean(file.name, beside).removeprefix("; did you mean ")
     return f"; did you mean {file.with_name(near.removesuffix('?'))}?" if near else ""
+
+
+def _load_plain(file: pathlib.Path) -> ml_collections.ConfigDict:
+    """The settings of a .json file. Raises ConfigError for a file that holds none."""
+    values = read_json(file, infinite=True)
+    try:
+        return ml_collections.ConfigDict(values)
+    except (ValueError, TypeError, AttributeError) as error:  # a key with a dot, or that is a method's name
+        raise ConfigError(f"{file}: not settings: {error}") from error
+
+
+def _refuse_code(file: pathlib.Path, values: ml_collections.ConfigDict, overridden: Collection[str]) -> None:
+    """Raises ConfigError where plain data names a function: to call it, its module or file would be executed."""
+    for setting in CODE_SETTINGS:
+        section, name = setting.split(".")
+        text = values[section].get(name) if isinstance(values.get(section), ml_collections.ConfigDict) else None
+        if setting not in overridden and isinstance(text, str) and names_code(text):
+            raise ConfigError(
+                f"{file}: {setting} is {text!r:.200}, which names code, and plain data executes none; if you trust that "
+                "code, add --allow_code"
+            )
 
 
 def apply_override(values: ml_collections.ConfigDict, key: str, text: str, *, flag: str = "config") -> None:
@@ -723,11 +751,14 @@ def unescape(template: Any) -> Any:
 def check_template(template: str) -> None:
     """Raises ConfigError for a prompt template without {prompt}, or with another field."""
     try:
-        usable = not template or "\0" in template.format(prompt="\0")
-    except (KeyError, IndexError, ValueError):
-        usable = False
+        fields = [
+            (name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None
+        ]
+    except ValueError:  # a brace alone
+        fields = [(None, None, None)]
+    usable = not template or (fields and all(field == ("prompt", "", None) for field in fields))
     must = "a template with {prompt} and no other field (double other braces)"
-    _require(usable, "data.prompt_template", template, must)
+    _require(bool(usable), "data.prompt_template", template, must)
 
 
 def _read_bool(text: str) -> bool:

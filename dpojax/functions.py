@@ -10,11 +10,16 @@ from typing import Any
 from dpojax.errors import ConfigError
 
 
+def names_code(text: str) -> bool:
+    """Whether the text of a setting names a function of a module or a file."""
+    return ":" in text or ".py" in text
+
+
 @functools.lru_cache
-def _run_file(place: str, modified_ns: int) -> Any:
-    """The module of a file as it was at that time."""
+def run_file(place: str, modified_ns: int, name: str = "") -> Any:
+    """The module of a Python file as it was at that time: the one place where a user's file is executed."""
     del modified_ns
-    spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
+    spec = importlib.util.spec_from_file_location(name or pathlib.Path(place).stem, place)
     if spec is None or spec.loader is None:
         raise ImportError(f"{place} is not a Python file")
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +38,7 @@ def load_function(spec: str, setting: str, *, kind: type | None = None) -> Any:
     place, _, name = spec.rpartition(":")
     try:
         if place.endswith(".py"):
-            module = _run_file(place, pathlib.Path(place).stat().st_mtime_ns)
+            module = run_file(place, pathlib.Path(place).stat().st_mtime_ns)
         else:
             module = importlib.import_module(place)
         function = getattr(module, name)

@@ -26,6 +26,7 @@ Trains a policy by Direct Preference Optimization, evaluates it, and writes a re
                         A .py config is executed: run only files that you trust.
   --workdir=DIR         where everything goes (default: runs/<config name>). The same command goes on
                         from the last checkpoint in it.
+  --allow_code          a .json config may name functions of modules and files (loss.name, sample.reward), which are executed
   --profile[=STEPS]     writes a trace of some steps (3) to DIR/profile, for Perfetto (ui.perfetto.dev) and TensorBoard
   --config.KEY=VALUE    changes one setting, e.g. --config.loss.beta=0.5 --config.data.train=pairs.jsonl
   --help                this text, and with --config=FILE all of its settings, explained
@@ -40,7 +41,7 @@ Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 
 """
 
 
-FLAGS = ("config", "workdir", "profile", "help")
+FLAGS = ("config", "workdir", "allow_code", "profile", "help")
 
 
 def known_flags(name: str, flags: Sequence[str]) -> str:
@@ -62,11 +63,12 @@ class Arguments(NamedTuple):
     overrides: dict[str, str]
     wants_help: bool
     profile_steps: int  # 0: no trace
+    allow_code: bool  # of a config that is plain data
 
 
 def parse(argv: Sequence[str]) -> Arguments:
     """The command line. Raises ConfigError for anything that is not understood."""
-    spec, workdir, overrides, wants_help, profile = None, None, {}, False, 0
+    spec, workdir, overrides, wants_help, profile, allow_code = None, None, {}, False, 0, False
     queue = list(argv)
     while queue:
         argument = queue.pop(0)
@@ -75,6 +77,9 @@ def parse(argv: Sequence[str]) -> Arguments:
             continue
         if argument == "--profile":
             profile = 3
+            continue
+        if argument == "--allow_code":
+            allow_code = True
             continue
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
@@ -89,8 +94,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         elif name == "workdir":
             workdir = value
         elif name == "profile":
-            if not value.isdigit() or int(value) < 1:
-                raise ConfigError(f"--profile={value!r}: it must be a number of steps, at least 1")
+            if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
+                raise ConfigError(f"--profile={value!r:.60}: it must be a number of steps, at least 1")
             profile = int(value)
         elif name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
@@ -98,7 +103,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             raise ConfigError(f"flag --{name} is unknown; {known_flags(name, FLAGS)}")
     if spec is None and not wants_help:
         raise ConfigError("--config=FILE is missing, e.g. --config=configs/tldr.py")
-    return Arguments(spec or "", workdir, overrides, wants_help, profile)
+    return Arguments(spec or "", workdir, overrides, wants_help, profile, allow_code)
 
 
 def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
@@ -208,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
     wants_help = False
     sys.unraisablehook = _hide_stopped_reads
     try:
-        spec, workdir, overrides, wants_help, profile_steps = parse(argv)
+        spec, workdir, overrides, wants_help, profile_steps, allow_code = parse(argv)
         if wants_help:
             print(USAGE)
             if not spec:
@@ -216,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
         # Imported late, so that --help answers at once.
         from dpojax.config import apply_override, from_config_dict, load_config_file
 
-        values = load_config_file(spec)
+        values = load_config_file(spec, allow_code=allow_code, overridden=overrides)
         if wants_help:
             from dpojax.explain import settings_help
 

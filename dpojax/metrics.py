@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from dpojax.plain_data import parse_json
+
 
 def _summary_writer(folder: pathlib.Path) -> Any:
     """TensorBoard's writer; tensorboardX imports torch where it is installed, which dpojax never wants."""
@@ -58,9 +60,11 @@ class MetricsLog:
         if self.path.is_file():
             for line in self.path.read_text(errors="replace").splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    row = parse_json(line)
                 except ValueError:
                     continue
+                if isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def rewind(self, *, sft_step: int, step: int) -> None:

@@ -212,9 +212,9 @@ def number_fault(value: Any, kind: type, *, infinite: bool = False) -> str | Non
         return f"it must be {'a whole number' if kind is int else 'a number'}"
     if kind is int:
         return None if abs(value) <= MAX_INT32 else f"it must be within 32 bits: at most {MAX_INT32:,}"
-    if math.isinf(value):
-        return None if infinite else "it must be a finite number"
-    if math.isnan(value):
+    if value in (math.inf, -math.inf) and infinite:
+        return None
+    if value != value or value in (math.inf, -math.inf):  # NaN differs from itself
         return "it must be a finite number"
     if abs(value) > MAX_FLOAT32:
         return f"it must be a number that float32 holds: at most {MAX_FLOAT32:.4g}"

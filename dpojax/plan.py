@@ -499,6 +499,7 @@ def parser() -> Parser:
         epilog="Exit codes: 0 it fits, 2 config or command line, 6 it does not fit (what is needed and what there is is said).",
     )  # fmt: skip
     made.add_argument("--config", required=True, help="FILE[:argument], as for dpojax.main; --config.KEY=VALUE changes it")
+    made.add_argument("--allow_code", action="store_true", help="a .json config may name functions, which are executed")
     made.add_argument("--topology", required=True, help=f"{', '.join(CHIPS)} and a shape: v5e:16x16, v6e:8x8, v5p:4x4x4")
     made.add_argument("--num_slices", type=int, default=1, help="slices of this topology; the data axis alone crosses them")
     made.add_argument(
@@ -519,16 +520,17 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     args, rest = parser().parse_known_args(argv)
     try:
-        values, overridden = load_config_file(args.config), set()
+        overrides = {}
         for flag in rest:
             name, equals, text = flag.partition("=")
             if not name.startswith("--config.") or not equals:
                 near = parser().nearest(name)
                 raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE{near}")
-            key = name.removeprefix("--config.")
+            overrides[name.removeprefix("--config.")] = text
+        values = load_config_file(args.config, allow_code=args.allow_code, overridden=overrides)
+        for key, text in overrides.items():
             apply_override(values, key, text)
-            overridden.add(key)
-        config = from_config_dict(values, overridden=frozenset(overridden))
+        config = from_config_dict(values, overridden=frozenset(overrides))
         if args.lengths not in (*QUANTILES, "full"):
             near = did_you_mean(args.lengths, (*QUANTILES, "full"))
             raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full{near}")

@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -20,11 +19,13 @@ from dpojax import checkpoint, evaluate, programs, report, sharding
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import Config, frozen_dtype, to_dict
 from dpojax.datasets import Data
+from dpojax.errors import ConfigError
 from dpojax.job import Job, Stop
 from dpojax.metrics import MetricsLog, duration, finite_json, peak_memory, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.opening import Opened, open_inputs, open_run
+from dpojax.plain_data import read_json
 from dpojax.policy import Policy, reference_params
 from dpojax.stages import (
     Stage,
@@ -265,11 +266,12 @@ def _finished(job: Job) -> dict[str, Any] | None:
     if not path.is_file() or not (job.workdir / "report.html").is_file():
         return None
     try:
-        summary = json.loads(path.read_text())
-        same = json.loads((job.workdir / "run.json").read_text()) == to_dict(job.config)
-    except (ValueError, OSError):
+        summary = read_json(path)
+        same = read_json(job.workdir / "run.json", infinite=True) == to_dict(job.config)
+    except ConfigError:  # they are written anew
         return None
-    if same and summary.get("num_steps", 0) >= job.config.num_steps:
+    steps = summary.get("num_steps")
+    if same and isinstance(steps, int) and steps >= job.config.num_steps:
         job.say(
             f"{job.workdir}: finished, {summary['num_steps']} steps; a larger --config.num_steps goes on; {job.workdir / 'report.html'}"
         )

@@ -11,7 +11,6 @@ and their dropout (--config.data.seed fixes the data's). The same command goes o
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -40,12 +39,13 @@ from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_inputs, open_run, write_settings
 from dpojax.optim import make_optimizer, make_schedule
+from dpojax.plain_data import read_json
 from dpojax.policy import Policy, initial_adapters
 from dpojax.run import finish_run, preference_stage
 from dpojax.stages import Dispatched, Stage, start_state, state_layout, train_stage
 from dpojax.train import TrainState, make_eval_step, make_sweep_step, new_state, reference_logps, sweep_gradients
 
-FLAGS = ("config", "workdir", "together", "help")
+FLAGS = ("config", "workdir", "allow_code", "together", "help")
 MAY_DIFFER = re.compile(r"loss\..*|optim\.learning_rate|seed")
 
 
@@ -74,7 +74,7 @@ def train(
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     argv = [sys.executable, "-m", "dpojax.main", f"--config={config}", f"--workdir={workdir}", *flags]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
-    return json.loads((workdir / "summary.json").read_text())
+    return read_json(workdir / "summary.json")
 
 
 # --- the runs of a sweep ----------------------------------------------------------------------------------------------
@@ -387,6 +387,9 @@ def write_table(path: pathlib.Path, table: str) -> None:
 
 def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     for flag in argv:
+        if flag == "--allow_code":
+            yield "allow_code", ""
+            continue
         name, equals, value = flag.partition("=")
         if not name.startswith("--") or not equals:
             raise ConfigError(f"{flag!r} is not understood; flags look like --sweep.KEY=A,B and --config.KEY=VALUE")
@@ -409,12 +412,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"{__doc__}\n--together=auto|vmap|loop says whether the runs of a step are computed side by side.")
         return 0
     try:
-        spec, workdir, together, overrides, grid = "", None, "auto", {}, {}
+        spec, workdir, together, overrides, grid, allow_code = "", None, "auto", {}, {}, False
         for name, value in _flags(argv):
             if name == "config":
                 spec = value
             elif name == "workdir":
                 workdir = value
+            elif name == "allow_code" and not value:
+                allow_code = True
             elif name == "together" and value in ("auto", "vmap", "loop"):
                 together = value
             elif name.startswith("config."):
@@ -425,7 +430,7 @@ def main(argv: Sequence[str]) -> int:
                 raise ConfigError(_unknown_flag(name, value))
         if not spec or not grid:
             raise ConfigError("--config=FILE and at least one --sweep.KEY=A,B are needed")
-        values = load_config_file(spec)
+        values = load_config_file(spec, allow_code=allow_code, overridden={**overrides, **grid})
         for key, text in overrides.items():
             apply_override(values, key, text)
         runs = combinations(values, grid, frozenset(overrides))

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 
 from dpojax.checkpoint import Checkpoints, newest_step
 from dpojax.data.tokens import COMPANIONS
-from dpojax.errors import ConfigError, NumericsError
+from dpojax.errors import CheckpointError, ConfigError, NumericsError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
 from dpojax.models.families import model_config, read_fields
 from dpojax.models.quantise import store_as
 from dpojax.models.table import param_shapes
-from dpojax.plain_data import read_json
+from dpojax.plain_data import existing_path, read_json
 
 Progress = Callable[[int], None]
+MAX_ADAPTERS = 16  # that may stand on one another
 
 
 class Weights(NamedTuple):
@@ -40,10 +41,10 @@ def ignored_fields(names: str) -> frozenset[str]:
 
 def read_shape(path: str, *, ignore: Collection[str] = ()) -> ModelConfig:
     """The model that a config.json, or the one in a folder, describes. Raises: ConfigError if there is none."""
-    place = pathlib.Path(path)
-    file = place / "config.json" if "\0" not in path and place.is_dir() else place
-    if "\0" in path or not file.is_file():
-        raise ConfigError(f"model.shape={path!r}: there is no config.json")
+    place = existing_path(path)
+    file = place / "config.json" if place is not None and place.is_dir() else place
+    if file is None or not file.is_file():
+        raise ConfigError(f"model.shape={path!r:.300}: there is no config.json")
     return model_config(read_json(file), file, ignore)
 
 
@@ -71,7 +72,7 @@ def open_weights(path: str, *, ignore: Collection[str] = (), setting: str = "mod
       setting: what names the path, for messages.
     Raises: ConfigError if there are none, or they cannot be read. Its `load` raises NumericsError for weights that are not finite.
     """
-    weights = _open(path, ignore, setting)
+    weights = _open(path, ignore, setting, ())
 
     def load(shardings, dtype, progress):
         params = weights.load(shardings, dtype, progress)
@@ -85,19 +86,26 @@ def open_weights(path: str, *, ignore: Collection[str] = (), setting: str = "mod
     return weights._replace(load=load)
 
 
-def _open(path: str, ignore: Collection[str], setting: str) -> Weights:
-    place = pathlib.Path(path)
-    if "\0" not in path and place.is_file():
-        return _from_llama2c(place)
-    if "\0" in path or not place.is_dir():
+def _open(path: str, ignore: Collection[str], setting: str, above: tuple[pathlib.Path, ...]) -> Weights:
+    """As `open_weights`; `above`: the adapters that stand on these weights, the outermost first."""
+    place = existing_path(path)
+    if place is None:
         raise _not_there(path, setting)
+    if place.is_file():
+        return _from_llama2c(place)
+    if not place.is_dir():
+        raise ConfigError(f"{setting}={path!r:.300}: it is a pipe or a device, and not a folder")
+    chain = (*above, place.resolve())
+    if chain[-1] in above or len(chain) > MAX_ADAPTERS:
+        names = " -> ".join(str(p) for p in chain[-4:])
+        raise ConfigError(f"model.init={str(chain[0])!r}: its adapters stand on one another, without a model: {names}")
     if (place / peft.CONFIG).is_file():
-        return _from_peft(place, ignore)
+        return _from_peft(place, ignore, chain)
     if (place / "config.json").is_file():
         return _from_directory(place, ignore)
     if (step := newest_step(place)) is not None:
-        return _from_checkpoint(step, ignore)
-    raise ConfigError(f"{setting}={path!r}: neither a Hugging Face directory nor a dpojax checkpoint")
+        return _from_checkpoint(step, ignore, chain)
+    raise ConfigError(f"{setting}={path!r:.300}: neither a Hugging Face directory nor a dpojax checkpoint")
 
 
 def _from_directory(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
@@ -113,9 +121,9 @@ def _from_llama2c(path: pathlib.Path) -> Weights:
     return Weights(config, hf.llama_fields(config, bos_id=1, eos_id=2), None, load)
 
 
-def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
+def _from_peft(folder: pathlib.Path, ignore: Collection[str], above: tuple[pathlib.Path, ...]) -> Weights:
     settings = peft.read_settings(folder)
-    base = _open(str(peft.base_folder(folder, settings)), ignore, "base_model_name_or_path")
+    base = _open(str(peft.base_folder(folder, settings)), ignore, "base_model_name_or_path", above)
 
     def load(shardings, dtype, progress):
         params = base.load(shardings, dtype, progress)
@@ -127,10 +135,15 @@ def _from_peft(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
     return base._replace(load=load, companions=own)
 
 
-def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
+def _from_checkpoint(step: pathlib.Path, ignore: Collection[str], above: tuple[pathlib.Path, ...]) -> Weights:
+    if not step.name.isdigit():
+        raise ConfigError(f"{step}: the folder of a checkpoint is named by its step, a number")
     found, number = Checkpoints(step.parent, keep=10**6), int(step.name)
     meta = found.meta(number)
-    config = ModelConfig.from_dict(meta["model"])
+    try:
+        config = ModelConfig.from_dict(meta["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{step}: its meta describes no model: {error!r:.200}") from error
     workdir = step.parent.parent
     companions = workdir / "tokenizer" if (workdir / "tokenizer").is_dir() else None
     adapter = meta.get("adapter")
@@ -144,7 +157,7 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
             return found.restore_params(number, abstract, shardings, meta)
 
         return Weights(config, meta.get("fields"), companions, load)
-    base = _base_of(workdir, meta, ignore)
+    base = _base_of(workdir, meta, ignore, above)
 
     def load_merged(shardings, dtype, progress):
         params = base.load(shardings, dtype, progress)
@@ -164,11 +177,11 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str]) -> Weights:
     return Weights(config, meta.get("fields"), companions, load_merged)
 
 
-def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str]) -> Weights:
+def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str], above: tuple[pathlib.Path, ...]) -> Weights:
     """What lies under a run's adapters: its SFT stage's result, or its model.init."""
     if (step := newest_step(workdir / "sft")) is not None:
-        return _from_checkpoint(step, ignore)
+        return _from_checkpoint(step, ignore, above)
     init = meta["config"]["model"]["init"]
     if not init:
         raise ConfigError(f"{workdir}: its adapters stand on random weights that no folder holds; there is nothing to load")
-    return _open(init, ignore, "model.init")
+    return _open(init, ignore, "model.init", above)

@@ -100,7 +100,7 @@ def _decoder(values: Any, path: pathlib.Path) -> list[AddedToken]:
             given = {field: value[field] for field in fields if field in value}
             added.append(AddedToken(int(key), tokenizers.AddedToken(**given), path))
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: added_tokens_decoder is no table of tokens by id ({error})") from error
+        raise ConfigError(f"{path}: added_tokens_decoder is {values!r:.80}; it must be a table of tokens by id") from error
     return added
 
 

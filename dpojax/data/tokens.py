@@ -27,7 +27,7 @@ from dpojax.data.groups import TokenGroup
 from dpojax.data.tokenizer_files import Named, TokenizerFiles, any_of, read_files
 from dpojax.data.triples import Dropped, Group, keep_sound, rewrite_group
 from dpojax.errors import ConfigError, DataError
-from dpojax.plain_data import read_json, read_text
+from dpojax.plain_data import existing_path, number_fault, parse_json, read_bytes, read_json, read_text
 
 Spans = list[tuple[int, int]]  # where each token starts and stops, characters
 
@@ -174,8 +174,8 @@ class JsonTokenizer:
     def _load(self):
         files = read_files(self.path.parent)
         try:
-            text = self.path.read_text(encoding="utf-8")
-            spec = json.loads(text)
+            text = read_text(self.path)
+            spec = parse_json(text)
             self._prompt = tokenizers.Tokenizer.from_str(text)
             continuation = _without_prefix(copy.deepcopy(spec))
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(continuation))
@@ -500,17 +500,17 @@ def _try_tokenizer(path: str) -> None:
 
 
 def _open_tokenizer(path: str) -> Tokenizer:
-    file = pathlib.Path(path)
+    file = existing_path(path)
+    if file is None:
+        raise ConfigError(f"tokenizer {path!r:.300}: there is no such file or folder")
     if file.is_dir():
         found = [file / n for n in TOKENIZER_NAMES if (file / n).is_file()]
         if not found:
             raise ConfigError(f"tokenizer {path!r}: the folder holds neither tokenizer.json nor tokenizer.model")
         file = found[0]
-    if not file.is_file():
-        raise ConfigError(f"tokenizer {path!r}: there is no such file or folder")
     if file.suffix == ".json":
         return JsonTokenizer(file)
-    model = file.read_bytes()
+    model = read_bytes(file)
     if file.suffix == ".bin":
         return SentencePieceTokenizer(_from_llama2c(model, path), file.name, None)
     if not model:
@@ -608,8 +608,12 @@ def _stop_ids(both: tuple[Tokenizer, ChatTemplate | None]) -> tuple[int, ...]:
     found = [tokenizer.eos_id]
     path = None if tokenizer.folder is None else tokenizer.folder / "generation_config.json"
     if path is not None and path.is_file():
-        own = read_json(path).get("eos_token_id")
-        found += own if isinstance(own, list) else [own] if isinstance(own, int) else []
+        ends = read_json(path).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        for end in ends:
+            if number_fault(end, int) or end < 0:
+                raise ConfigError(f"{path}: eos_token_id is {ends!r:.80}; it must be a token id, or a list of them")
+        found += ends
     if template is not None:
         try:
             (words,) = template.split([{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "Good day"}])

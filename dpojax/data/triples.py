@@ -26,8 +26,17 @@ from dpojax.data.chat import REASONING, ChatTemplate, Context, Message, Template
 from dpojax.data.groups import TokenPair
 from dpojax.data.records import Row
 from dpojax.errors import ConfigError, DataError
-from dpojax.plain_data import parse_json
+from dpojax.plain_data import MAX_FLOAT32, MAX_INT32, parse_json
 
+# The columns that tell the shape of a row: it has those of one shape alone.
+SHAPES = (
+    ("chosen", "rejected"),
+    ("chosen_ids", "rejected_ids", "prompt_ids"),
+    ("responses",),
+    ("completions",),
+    ("completion",),
+    ("response",),
+)
 # Reasons to drop a pair; each is counted, and the audit shows examples.
 DROPPED = {
     "empty_prompt": "the prompt is empty",
@@ -38,6 +47,7 @@ DROPPED = {
     "no_preference": "no two responses have different scores",
     "conflicting_scores": "equal responses have different scores",
     "special_token": "a message spells a special token of the tokenizer, which its chat template would pass on as one",
+    "too_large": "a weight, score, rank or margin is larger than float32 holds",
     "undesirable": "the response is labelled as a bad one, and SFT learns good ones",
 }
 
@@ -140,6 +150,7 @@ class RowReader:
           Dropped: the row is sound but holds no preference.
           ConfigError: message lists without data.prompt_template or chat template.
         """
+        _check_shape(row, where)
         if self.kind == "score" and isinstance(row.get("responses"), list):  # with scores or without
             row = {"prompt": row.get("prompt"), "completions": row["responses"]}
         group = _read_row(row, where, self.prompt_template, self.chat)
@@ -175,6 +186,19 @@ class RowReader:
         words = [str(response).strip() if turns else str(response) for response in group.responses]
         answers = [{"role": "assistant", "content": text} for text in words]
         return _by_template(self.chat, before, answers, row, where)._replace(pairs=group.pairs, dropped=group.dropped)
+
+
+def _check_shape(row: Row, where: str) -> None:
+    """Raises DataError for a row of two shapes: which of them is meant cannot be known."""
+    named = [next(c for c in shape if row.get(c) is not None) for shape in SHAPES if any(row.get(c) is not None for c in shape)]
+    if row.get("scores") is not None and row.get("ranks") is not None:
+        named = ["scores", "ranks"]
+    if len(named) > 1:
+        first, second = named[:2]
+        raise DataError(
+            f"{where}: columns {first!r} and {second!r} belong to two shapes of rows; remove one of them, so that it is clear "
+            "which responses are meant"
+        )
 
 
 def _read_row(row: Row, where: str, template: str, chat: ChatTemplate | None) -> Group:
@@ -224,8 +248,9 @@ def _ids(row: Row, key: str, where: str) -> tuple[int, ...]:
     value = row.get(key)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of token ids")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        raise DataError(f"{where}: column {key!r} holds something else than token ids")
+    bad = next((i for i in value if type(i) is not int or not 0 <= i <= MAX_INT32), None)
+    if bad is not None:
+        raise DataError(f"{where}: column {key!r} holds {bad!r:.60}, which is no token id")
     return tuple(value)
 
 
@@ -284,8 +309,10 @@ def _number(row: Row, key: str, where: str, default: float) -> float:
     value = row.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a finite number")
+    if abs(value) > MAX_FLOAT32:
+        raise Dropped("too_large")
     return float(value)
 
 
@@ -304,7 +331,8 @@ def _pair(row: Row, where: str) -> TokenPair:
         lacks = "score_rejected" if "score_chosen" in row else "score_chosen"
         raise DataError(f"{where}: column {lacks!r} is missing; the scores of both responses are needed, or none")
     margin = _number(row, "score_chosen", where, 0.0) - _number(row, "score_rejected", where, 0.0)
-    return TokenPair(0, 1, weight, soft_label, _number(row, "margin", where, margin))
+    margin = _number(row, "margin", where, margin)
+    return TokenPair(0, 1, weight, soft_label, _number({"margin": margin}, "margin", where, 0.0))
 
 
 def _ranked(row: Row, where: str) -> Group:
@@ -314,12 +342,15 @@ def _ranked(row: Row, where: str) -> Group:
         raise DataError(f"{where}: column 'responses' must be a list of strings")
     if "scores" not in row and "ranks" not in row:
         raise DataError(f"{where}: 'responses' needs a column 'scores' or 'ranks'")
-    values, sign = (row["scores"], 1) if "scores" in row else (row["ranks"], -1)
+    column, sign = ("scores", 1) if "scores" in row else ("ranks", -1)
+    values = row[column]
     if not isinstance(values, list) or len(values) != len(responses):
-        raise DataError(f"{where}: there are {len(responses)} responses and {values!r:.60} as their scores")
-    scores = [sign * _number({"scores": v}, "scores", where, math.nan) for v in values]
+        raise DataError(f"{where}: there are {len(responses)} responses and {values!r:.60} as their {column}")
+    scores = [sign * _number({column: v}, column, where, math.nan) for v in values]
     if any(math.isnan(s) for s in scores):
-        raise DataError(f"{where}: column 'scores' holds a null")
+        raise DataError(f"{where}: column {column!r} holds a null")
+    if max(scores, default=0) - min(scores, default=0) > MAX_FLOAT32:
+        raise Dropped("too_large")
     # Equal responses are scored once; those that were given different scores say nothing.
     given: dict[str, set[float]] = {}
     for response, score in zip(responses, scores, strict=True):

@@ -3,10 +3,26 @@
 import dataclasses
 from typing import Any
 
+from dpojax.plain_data import number_fault
+
 NORMS = ("rms", "layer")
 MLPS = ("gated", "plain")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    "max_positions",
+)
+MAX_LAYERS = 10_000  # a hundred times as many as the deepest model has
+
+
+def _check_positive(name: str, value: Any) -> None:
+    """Raises ValueError, naming the field, for what is no finite number > 0."""
+    fault = number_fault(value, float)
+    if fault is None and value <= 0:
+        fault = "it must be > 0"
+    if fault is not None:
+        raise ValueError(f"{name} is {value!r}; {fault}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +39,19 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float = 1.0  # yarn, longrope: multiplies cosine and sine
     short_factors: tuple[float, ...] = ()  # longrope: divides each frequency, up to original_max_positions
+
+    def __post_init__(self):
+        numbers = ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        for field in (*numbers, "attention_factor"):
+            _check_positive(f"the rotary scaling's {field}", getattr(self, field))
+        for factor in self.short_factors:
+            _check_positive("the rotary scaling's short_factor", factor)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            used = self.kind == ("llama3" if low == "low_freq_factor" else "yarn")
+            if used and getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"the rotary scaling's {low} is {getattr(self, low)}; it must be under {high}, {getattr(self, high)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +118,27 @@ class ModelConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"model.{field} is {value!r}; it must be one of {', '.join(allowed)}")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        for field in (*sizes, "head_dim", "max_positions"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+        for field in SIZES:
+            value = getattr(self, field)
+            fault = number_fault(value, int)
+            if fault is None and value < 1:
+                fault = "it must be at least 1"
+            if fault is not None:
+                raise ValueError(f"model.{field} is {value!r}; {fault}")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers is {self.num_layers}; it must be at most {MAX_LAYERS:,}")
+        for field in ("norm_eps", "rope_theta", "init_std", "embed_scale"):
+            _check_positive(f"model.{field}", getattr(self, field))
+        for field in ("local_rope_theta", "query_scale", "attention_softcap", "logits_softcap"):
+            if getattr(self, field) is not None:
+                _check_positive(f"model.{field}", getattr(self, field))
+        if self.norm_eps >= 1:
+            raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be under 1")
+        for field in ("rope_theta", "local_rope_theta"):
+            if (getattr(self, field) or 1) < 1:
+                raise ValueError(
+                    f"model.{field} is {getattr(self, field)}; it must be at least 1: it is the base of wavelengths"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads, {self.num_heads}")
         if self.positions == "rotary" and (self.turned % 2 or not 0 < self.turned <= self.head_dim):
@@ -102,6 +148,8 @@ class ModelConfig:
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "longrope" and len(scaling.short_factors) != self.turned // 2:
             raise ValueError(f"short_factor has {len(scaling.short_factors)} values for {self.turned // 2} rotary pairs")
+        if any(number_fault(w, int) or w < 0 for w in self.windows):
+            raise ValueError(f"model.windows is {self.windows!r:.80}; each must be a number of tokens, or 0")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"model.windows has {len(self.windows)} entries for {self.num_layers} layers")
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:

@@ -6,12 +6,13 @@ and DPO trains without it (as TRL's disable_dropout does).
 
 import math
 import pathlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from dpojax.errors import ConfigError
-from dpojax.models.config import ModelConfig, RopeScaling
-from dpojax.plain_data import read_json
+from dpojax.models.config import MAX_LAYERS, SIZES, ModelConfig, RopeScaling
+from dpojax.plain_data import number_fault, read_json
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu_fast": "gelu_tanh", "relu": "relu"}  # fmt: skip
@@ -129,12 +130,26 @@ class Fields:
             if field.default is REQUIRED:
                 raise ConfigError(f"{self.path}: the field {field.name!r} is missing")
             return field.default(known) if callable(field.default) else field.default
+        if value is None and field.kind is bool:  # as Python reads it
+            return False
         kinds = field.kind if isinstance(field.kind, tuple) else (field.kind,)
         right = value is None or (isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds))
         if not right:
             wanted = " or ".join(k.__name__ for k in kinds)
-            raise ConfigError(f"{self.path}: {field.name} is {value!r}, of type {type(value).__name__}; it must be {wanted}")
+            raise ConfigError(
+                f"{self.path}: {field.name} is {value!r:.80}, of type {type(value).__name__}; it must be {wanted}"
+            )
+        fault = number_fault(value, type(value)) if type(value) in (int, float) else None
+        if fault is not None:
+            raise ConfigError(f"{self.path}: {field.name} is {value!r:.80}; {fault}")
         return value
+
+    def take_float(self, name: str, default: float) -> float:
+        """A number that null is no value of."""
+        value = self.take(Field(name, NUMBER, default))
+        if value is None:
+            raise ConfigError(f"{self.path}: {name} is null; it must be a number")
+        return float(value)
 
     def check_rest(self, inert: Collection[str], ignore: Collection[str]) -> None:
         """Raises ConfigError for the first field that was not read and is not known to be harmless."""
@@ -166,10 +181,13 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
     def number(name, default=REQUIRED):
         value = left.pop(name, None)
         value = default if value is None else value
-        if value is REQUIRED or isinstance(value, bool) or not isinstance(value, NUMBER):
-            raise ConfigError(
-                f"{fields.path}: the rotary scaling {kind!r} has {name}={value if value is not REQUIRED else None!r}"
-            )
+        if value is REQUIRED:
+            raise ConfigError(f"{fields.path}: the rotary scaling {kind!r} lacks {name}")
+        fault = number_fault(value, float)
+        if fault is None and value <= 0 and not name.startswith("mscale"):
+            fault = "it must be > 0"
+        if fault is not None:
+            raise ConfigError(f"{fields.path}: the rotary scaling {kind!r} has {name}={value!r:.80}; {fault}")
         return float(value)
 
     longest = fields.take(Field("original_max_position_embeddings", int, known["max_positions"]))
@@ -227,9 +245,11 @@ def _rope(
     new = fields.take(Field("rope_parameters", dict, None))
     old = fields.take(Field("rope_scaling", dict, None))
     given = new if new is not None else old or {}
-    base = fields.take(Field(theta, NUMBER, default_theta))
-    share = fields.take(Field(part, NUMBER, default_part))
-    base, share = given.get("rope_theta", base), given.get("partial_rotary_factor", share)
+    base = fields.take_float(theta, default_theta)
+    share = fields.take_float(part, default_part)
+    inner = Fields(given, fields.path)
+    base = inner.take_float("rope_theta", base)
+    share = inner.take_float("partial_rotary_factor", share)
     scaling, hard = _scaling(fields, given, known)
     found = {"rope_theta": float(base), "rope_scaling": scaling, "hard_max_positions": hard}
     if hard and scaling is not None:
@@ -256,8 +276,8 @@ def _mixtral_rope(fields: Fields, known: dict) -> dict[str, Any]:
 def _gemma3_rope(fields: Fields, known: dict) -> dict[str, Any]:
     """Two bases: full layers stretch theirs, windowed layers have a local one."""
     new, old = fields.take(Field("rope_parameters", dict, None)), fields.take(Field("rope_scaling", dict, None))
-    theta = fields.take(Field("rope_theta", NUMBER, 1e6))
-    local = fields.take(Field("rope_local_base_freq", NUMBER, 1e4))
+    theta = fields.take_float("rope_theta", 1e6)
+    local = fields.take_float("rope_local_base_freq", 1e4)
     full = {**((new or {}).get("full_attention") or {}), **(old or {})}
     windowed = (new or {}).get("sliding_attention") or {}
     if set(new or {}) - {"full_attention", "sliding_attention"}:
@@ -266,10 +286,10 @@ def _gemma3_rope(fields: Fields, known: dict) -> dict[str, Any]:
     if _scaling(fields, windowed, known) != (None, False):
         raise ConfigError(f"{fields.path}: windowed layers with a rotary scaling, {windowed}, are not computed by this version")
     return {
-        "rope_theta": float(full.get("rope_theta", theta)),
+        "rope_theta": Fields(full, fields.path).take_float("rope_theta", theta),
         "rope_scaling": scaling,
         "hard_max_positions": hard,
-        "local_rope_theta": float(windowed.get("rope_theta", local)),
+        "local_rope_theta": Fields(windowed, fields.path).take_float("rope_theta", local),
     }
 
 
@@ -450,6 +470,8 @@ def _gemma(values: dict) -> dict:
 
 
 def _gemma2(values: dict) -> dict:
+    if values["query_scale"] <= 0:
+        raise ValueError(f"query_pre_attn_scalar is {values['query_scale']}; it must be > 0")
     return {**values, "embed_scale": values["hidden_size"] ** 0.5, "query_scale": values["query_scale"] ** -0.5}
 
 
@@ -601,6 +623,15 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def _in_their_words(message: str, family: Family) -> str:
+    """A message about a field of ModelConfig under the name that config.json has for it."""
+    names = {ours: field.name for ours, field in family.fields.items() if field.name}
+    names |= {"rope_theta": "rope_theta", "local_rope_theta": "rope_local_base_freq", "init_std": "initializer_range"}
+    for ours, theirs in names.items():
+        message = re.sub(rf"\bmodel\.{ours}\b", theirs, message)
+    return message
+
+
 def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:
     """The decoder that the fields of a config.json describe.
 
@@ -616,14 +647,22 @@ def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[
     try:
         for ours, field in family.fields.items():
             known[ours] = fields.take(field, known)
+            if ours in SIZES and known[ours] < 1:  # others are derived from it
+                raise ValueError(f"model.{ours} is {known[ours]}; it must be at least 1")
+        if known["num_layers"] > MAX_LAYERS:  # windows are written out for each
+            name = family.fields["num_layers"].name
+            raise ConfigError(f"{path}: {name} is {known['num_layers']:,}; it must be at most {MAX_LAYERS:,}")
         if known.get("num_experts", 0) is None:  # transformers writes it under its other name too
             known["num_experts"] = fields.take(Field("num_local_experts", int))
         activation = known["activation"]
         if activation not in ACTIVATIONS:
             raise ConfigError(f"{path}: the activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         known["activation"] = ACTIVATIONS[activation]
+        if known["norm_eps"] is None:
+            raise ConfigError(f"{path}: {family.fields['norm_eps'].name} is null; it must be a number")
         known["norm_eps"] = float(known["norm_eps"])
-        known["init_std"] = float(values.get("initializer_range") or 0.02)  # not used: the weights are loaded
+        # The weights are loaded: nothing is drawn by it.
+        known["init_std"] = float(fields.take(Field("initializer_range", NUMBER, 0.02)) or 0.02)
         if family.windows:
             known["windows"] = family.windows(fields, known["num_layers"])
         if family.rope:
@@ -633,7 +672,7 @@ def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[
         config = ModelConfig(**family.finish(known))
     except ConfigError:
         raise
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{path}: {_in_their_words(str(error), family)}") from error
     fields.check_rest(family.inert, ignore)
     return config

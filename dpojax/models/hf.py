@@ -22,10 +22,13 @@ from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES, Family, Source, model_config, read_fields
 from dpojax.models.table import ParamRow, layer_rows, model_rows
+from dpojax.plain_data import parse_json, read_json
 
 INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "checksums.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PART_BYTES = 4 << 20  # of a tensor that is copied at a time
+MAX_HEADER_BYTES = 100 << 20  # the library's own limit
+MAX_RANK = 8  # dimensions of a tensor; no parameter has more than three
 
 
 def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:
@@ -36,34 +39,76 @@ def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConf
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
+class Entry(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes after the header
+    end: int
+
+
+def _entry(name: str, values: Any) -> Entry:
+    """Raises ValueError, naming the tensor, for an entry that is none."""
+    if not isinstance(values, dict) or set(values) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r:.80} is {values!r:.80}; it must have dtype, shape and data_offsets")
+    dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name!r:.80} is of type {dtype!r:.40}; weights are {', '.join(DTYPES)}")
+    for field, numbers in {"shape": shape, "data_offsets": offsets}.items():
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name!r:.80} has {field}={numbers!r:.80}; it must be a list of numbers >= 0")
+    if len(offsets) != 2 or len(shape) > MAX_RANK:
+        raise ValueError(f"{name!r:.80} has shape={shape!r:.80} and data_offsets={offsets!r:.80}")
+    start, end = offsets
+    if end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise ValueError(f"{name!r:.80} has data_offsets={offsets}, which are not the bytes of its shape {shape} in {dtype}")
+    return Entry(name, dtype, tuple(shape), start, end)
+
+
+def _read_header(path: pathlib.Path) -> tuple[list[Entry], int]:
+    """(the tensors in the order of their bytes, where these start). Raises ValueError for a damaged header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"its header would have {length:,} bytes, the file has {size:,}")
+        header = parse_json(file.read(length))
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
+        raise ValueError("'__metadata__' does not map names to strings")
+    entries = sorted((_entry(n, v) for n, v in header.items()), key=lambda e: (e.start, e.end))
+    end = 0
+    for entry in entries:  # the format has neither gaps nor shared bytes
+        if entry.start != end:
+            raise ValueError(f"{entry.name!r:.80} has data_offsets from {entry.start}, and the tensor before it ends at {end}")
+        end = entry.end
+    if end != size - 8 - length:
+        raise ValueError(f"its tensors have {end:,} bytes, and the file holds {size - 8 - length:,}: it is not whole")
+    return entries, 8 + length
+
+
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a file, mapped into memory and not read. Raises ConfigError for a damaged file.
 
     By hand, because the library cannot hand out a part of a bf16 tensor without a copy of it on a device.
     """
+    if not path.is_file():  # open() would wait for ever at a pipe
+        raise ConfigError(f"{path}: it is no plain file, or does not exist")
+    tensors = {}
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(size, 100 << 20):
-                raise ValueError("the header is damaged")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if dtype not in DTYPES:
-                raise ConfigError(f"{path}: {name} is of type {dtype}; weights are {', '.join(DTYPES)}")
-            if end + 8 + length > size or end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-                raise ValueError(f"{name} is not whole")
+        entries, first = _read_header(path)
+        for entry in entries:
+            dtype = DTYPES[entry.dtype]
             # A tensor of no elements cannot be mapped.
-            empty = np.zeros(shape, DTYPES[dtype])
-            found[name] = empty if start == end else np.memmap(path, DTYPES[dtype], "r", 8 + length + start, shape)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
-    return found
+            empty = entry.start == entry.end
+            tensors[entry.name] = (
+                np.zeros(entry.shape, dtype) if empty else np.memmap(path, dtype, "r", first + entry.start, entry.shape)
+            )
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file: {error}") from error
+    return tensors
 
 
 @runtime_checkable
@@ -74,28 +119,41 @@ class Tensors(Protocol):
     def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
 
 
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Tensor -> file of an index. Raises ConfigError for a file that is none."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ConfigError(f"{path}: weight_map is {where!r:.80}; it must map tensors to files")
+    for tensor, name in where.items():
+        plain = isinstance(name, str) and pathlib.PurePath(name).name == name and name.endswith(".safetensors")
+        if not plain:
+            raise ConfigError(f"{path}: {name!r:.80} ({tensor!r:.80}) is not the plain name of a safetensors file")
+    return where
+
+
 class Directory:
     """The tensors of a directory: one safetensors file, or several with an index."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder, index = folder, folder / INDEX
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{index}: not an index of safetensors files ({error})") from error
-            for name in files:
-                if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                    raise ConfigError(f"{index}: {name!r} is not the plain name of a safetensors file")
-            if (folder / SINGLE).is_file():
-                raise ConfigError(f"{folder}: it holds {SINGLE} and {INDEX}; remove the one that is old")
-        elif (folder / SINGLE).is_file():
-            files = [SINGLE]
-        else:
-            raise ConfigError(f"model.init={str(folder)!r}: it holds no {SINGLE} (and no index of several)")
         self.tensors: dict[str, np.ndarray] = {}
-        for name in files:
-            self.tensors |= open_safetensors(folder / name)
+        if not index.exists():
+            if not (folder / SINGLE).exists():
+                raise ConfigError(f"model.init={str(folder)!r}: it holds no {SINGLE} (and no index of several)")
+            self.tensors = open_safetensors(folder / SINGLE)
+            return
+        where = _read_index(index)
+        if (folder / SINGLE).exists():
+            raise ConfigError(f"{folder}: it holds {SINGLE} and {INDEX}; remove the one that is old")
+        for name in sorted(set(where.values())):
+            tensors = open_safetensors(folder / name)
+            twice = next((t for t in tensors if t in self.tensors), None)
+            if twice is not None:
+                raise ConfigError(f"{folder / name}: another file of {INDEX} holds the tensor {twice!r:.80} too")
+            lacks = next((t for t, file in where.items() if file == name and t not in tensors), None)
+            if lacks is not None:
+                raise ConfigError(f"{folder / name}: the tensor {lacks!r:.80}, which {INDEX} sees in it, is missing")
+            self.tensors |= tensors
 
     def names(self) -> Collection[str]:
         return self.tensors
@@ -254,6 +312,14 @@ def load_params(
 
     if config.tie_embeddings:
         read.add(head)
+    # Every tensor is asked for before room for any is made: an impossible size in config.json is found here.
+    for _, at in outside:
+        get(at.name, at.shape)
+    for i in range(config.num_layers):
+        for row, at in layer:
+            for e in range(row.experts or 1):
+                get(at.name.format(i=i, e=e), at.shape)
+    _refuse_extra(names - read, source)
     done = 0
 
     def load(row: ParamRow, at: Place, sharding, layers: int | None) -> jax.Array:
@@ -270,11 +336,15 @@ def load_params(
 
     params: dict[str, Any] = {r.name: load(r, p, shardings[r.name], None) for r, p in outside}
     params["layers"] = {r.name: load(r, p, shardings["layers"][r.name], config.num_layers) for r, p in layer}
-    extra = {n for n in names - read if not n.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
-                                                         "attention.bias", "attention.masked_bias"))}  # fmt: skip
-    if extra:
-        raise ConfigError(f"{source}: the tensors {', '.join(sorted(extra)[:3])} belong to no parameter of this model")
     return params
+
+
+def _refuse_extra(names: Collection[str], source: Any) -> None:
+    """Raises ConfigError for tensors that no parameter takes; tables that a model computes itself may lie there."""
+    computed = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "attention.bias", "attention.masked_bias")
+    extra = sorted(n for n in names if not n.endswith(computed))
+    if extra:
+        raise ConfigError(f"{source}: the tensors {', '.join(extra[:3])} belong to no parameter of this model")
 
 
 def verify_checksums(folder: pathlib.Path) -> None:
@@ -282,12 +352,11 @@ def verify_checksums(folder: pathlib.Path) -> None:
     path = folder / CHECKSUMS
     if not path.is_file():
         return
-    try:
-        noted = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not a table of checksums ({error})") from error
+    noted = read_json(path)
     for name, digest in noted.items():
-        file = folder / pathlib.PurePath(name).name
+        file = folder / name
+        if pathlib.PurePath(name).name != name or not isinstance(digest, str):
+            raise ConfigError(f"{path}: {name!r:.80}: {digest!r:.80} is not the checksum of a file beside it")
         if not file.is_file() or fingerprint_file(file) != digest:
             raise ConfigError(f"{file}: its bytes are not those that were exported; if that is meant, remove {path}")
 

@@ -42,8 +42,9 @@ class Llama2cTensors:
 def open_checkpoint(path: pathlib.Path) -> tuple[ModelConfig, Llama2cTensors]:
     """The decoder and its tensors. Raises ConfigError for a file of another size than its header says."""
     size = path.stat().st_size
-    header = np.fromfile(path, np.int32, 7)
-    if len(header) < 7 or (header[:5] < 1).any() or header[6] < 1 or header[0] % max(header[3], 1):
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(28)[: size // 4 * 4], np.int32)
+    if len(header) < 7 or (header[:5] < 1).any() or header[5] in (0, -(2**31)) or header[6] < 1 or header[0] % header[3]:
         raise ConfigError(f"{path}: not a llama2.c checkpoint (version 0): its header is {header.tolist()}")
     sizes = dict(zip(HEADER, header.tolist(), strict=True))
     tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])

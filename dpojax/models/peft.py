@@ -19,10 +19,11 @@ from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES
 from dpojax.models.lora import LORA_A, LORA_B
 from dpojax.models.table import layer_rows
-from dpojax.plain_data import read_json
+from dpojax.plain_data import existing_path, number_fault, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAX_PATTERN_CHARS, MAX_REPEATS = 500, 3  # of a regular expression that an adapter's config names modules with
 # Fields of adapter_config.json that change nothing here.
 INERT = {
     *("peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "lora_dropout", "r"),
@@ -41,9 +42,7 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: init_lora_weights is {init!r}: it changed the base's weights, which the adapter alone does not tell"
         )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(settings.get(name), int | float):
-            raise ConfigError(f"{path}: {name} is {settings.get(name)!r}; it must be a number")
+    _check_numbers(path, settings)
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {settings.get('peft_type')!r}; it must be 'LORA'")
     neutral = (None, False, "none", [], {}, 0)
@@ -53,13 +52,57 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
+def _check_numbers(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Raises ConfigError for ranks and scales that no adapter can have."""
+    for field, patterns_field, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
+        patterns = {} if settings.get(patterns_field) is None else settings[patterns_field]
+        if not isinstance(patterns, dict):
+            raise ConfigError(f"{path}: {patterns_field} is {patterns!r:.80}; it must map names of modules to numbers")
+        for pattern in patterns:
+            _check_pattern(path, patterns_field, pattern)
+        values = {field: settings.get(field)} | {f"{patterns_field}[{k!r}]": v for k, v in patterns.items()}
+        for name, value in values.items():
+            fault = number_fault(value, kind)
+            if fault is None and kind is int and value < 1:
+                fault = "it must be at least 1"
+            if fault is None and name == "lora_alpha" and value == 0:
+                fault = "an adapter would count nothing"
+            if fault is not None:
+                raise ConfigError(f"{path}: {name:.80} is {value!r:.80}; {fault}")
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(settings.get(name, False), bool | None):
+            raise ConfigError(f"{path}: {name} is {settings[name]!r:.80}; it must be true or false")
+
+
+def _check_pattern(path: pathlib.Path, name: str, pattern: str) -> None:
+    """Raises ConfigError for a regular expression that is none, or whose time grows too fast with the text."""
+    fault = None
+    repeats = len(re.findall(r"(?<!\\)[*+?{]", pattern))
+    if len(pattern) > MAX_PATTERN_CHARS or repeats > MAX_REPEATS or re.search(r"\)[*+?{]|\(\?|\\[1-9]", pattern):
+        fault = f"it must be short, with at most {MAX_REPEATS} repeats, and none of a group"
+    try:
+        re.compile(f"(.*\\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise ConfigError(f"{path}: {name} holds the pattern {pattern!r:.80}: {fault}")
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT reads rank_pattern and alpha_pattern."""
+    matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
+    return next(matching, default)
+
+
 def base_folder(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
     """The base model's folder: base_model_name_or_path, as it is or beside the adapter. Raises ConfigError otherwise."""
     name = settings.get("base_model_name_or_path") or ""
-    for place in (pathlib.Path(name), folder / name):
-        if name and place.exists():
-            return place
-    raise ConfigError(f"{folder / CONFIG}: base_model_name_or_path is {name!r}; there is no such folder here")
+    if not isinstance(name, str):
+        raise ConfigError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.80}; it must be the name of a folder")
+    for place in (name, str(folder / name)):
+        if name and existing_path(place):
+            return pathlib.Path(place)
+    raise ConfigError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.300}; there is no such folder here")
 
 
 def _by_tensor(config: ModelConfig, names: set[str]) -> dict[str, list]:
@@ -95,11 +138,21 @@ def load_adapters(folder: pathlib.Path, settings: dict[str, Any], config: ModelC
             inputs, outputs = row.map_shape
             a, b = [], []
             for name in own:
-                pair = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-                read |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
-                low, high = (np.asarray(x, np.float32) for x in pair)
-                if low.shape[1:] != (math.prod(inputs),) or high.shape != (at.of * at.groups, len(low)):
-                    raise ConfigError(f"{path}: {name} has the shapes {low.shape} and {high.shape}, which do not fit the model")
+                wanted = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+                lacks = next((n for n in wanted if n not in tensors), None)
+                if lacks is not None:
+                    raise ConfigError(f"{path}: the tensor {lacks!r} is missing")
+                read |= set(wanted)
+                low, high = (np.asarray(tensors[n], np.float32) for n in wanted)
+                rank = _by_pattern(settings.get("rank_pattern"), name.removeprefix(PREFIX), settings["r"])
+                if low.shape != (rank, math.prod(inputs)) or high.shape != (at.of * at.groups, rank):
+                    raise ConfigError(
+                        f"{path}: {name} has the shapes {low.shape} and {high.shape}; the model and the rank "
+                        f"{rank} of {CONFIG} make them {(rank, math.prod(inputs))} and {(at.of * at.groups, rank)}"
+                    )
+                bad = next((n for n, x in zip(wanted, (low, high), strict=True) if not np.isfinite(x).all()), None)
+                if bad is not None:
+                    raise ConfigError(f"{path}: the tensor {bad!r} holds numbers that are not finite")
                 a.append(low.T.reshape(*inputs, -1))
                 grouped = high.reshape(at.groups, at.of, -1)[:, at.start : at.stop].reshape(-1, len(low))
                 b.append(grouped.T.reshape(-1, *outputs) * (_scale(settings, name.removeprefix(PREFIX), len(low)) / scale))
@@ -118,9 +171,8 @@ def load_adapters(folder: pathlib.Path, settings: dict[str, Any], config: ModelC
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
     """alpha / rank of a module (alpha / sqrt(rank) with use_rslora)."""
-    patterns = settings.get("alpha_pattern") or {}
-    own = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"])
-    return own / (rank**0.5 if settings.get("use_rslora") else rank)
+    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def export_adapters(adapters: Any, config: ModelConfig, folder: pathlib.Path, *, scale: float, base: str) -> None:
