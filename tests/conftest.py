@@ -55,6 +55,20 @@ def shared_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A small Hugging Face directory, to read or to copy: its weights are those of `tiny.params`."""
+    import tiny
+
+    from dpojax.models import hf
+
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
+    params = tiny.params(tiny.model())
+    hf.export_params(params, tiny.CONFIG, folder, fields=fields, dtype="float32", companions=None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Preferences as JSONL, and a tokenizer, from a small world."""
     folder = tmp_path_factory.mktemp("data")

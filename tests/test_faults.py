@@ -473,11 +473,10 @@ def test_a_hostile_run_name_is_a_config_error(spec, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def weights(tmp_path):
-    """A small Hugging Face directory."""
+def weights(exported, tmp_path):
+    """A small Hugging Face directory of the test's own."""
     model = tiny.model()
-    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
-    hf.export_params(tiny.params(model), tiny.CONFIG, tmp_path, fields=fields, dtype="float32", companions=None)
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     (tmp_path / hf.CHECKSUMS).unlink()  # these tests are of files that come without
     shardings = jax.tree.map(
         lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.eval_shape(model.init, jax.random.key(0))

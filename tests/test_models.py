@@ -33,12 +33,9 @@ LILY = (
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A small Hugging Face directory."""
-    model = tiny.model()
-    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
-    hf.export_params(tiny.params(model), tiny.CONFIG, tmp_path / "hf", fields=fields, dtype="float32", companions=None)
-    return tmp_path / "hf"
+def folder(exported, tmp_path):
+    """A small Hugging Face directory of the test's own."""
+    return shutil.copytree(exported, tmp_path / "hf")
 
 
 def change(folder: pathlib.Path, **fields):
