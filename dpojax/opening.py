@@ -19,6 +19,7 @@ from dpojax.data.pipeline import PackGroups, groups_per_step
 from dpojax.data.tokens import copy_companions, stop_ids
 from dpojax.data.written import Writing
 from dpojax.datasets import Data, open_data
+from dpojax.fitness import unfit_settings
 from dpojax.job import Job
 from dpojax.metrics import duration
 from dpojax.models import lora
@@ -162,6 +163,8 @@ def open_inputs(job: Job) -> Inputs:
             f"training: {job.config.num_steps:,} steps of {groups} prompts with {len(data.train_index.chosen) / epoch_steps:.3g} "
             f"{'responses' if config.loss.make().unpaired else 'pairs'}, {job.config.num_steps / epoch_steps:.3g} epochs"
         )
+    for line in unfit_settings(job.config, data.train, data.train_index, weights, job.config.num_steps / epoch_steps):
+        job.say(line)
     job.write(functools.partial(write_settings, job, data, policy))
     return Inputs(data, policy, groups)
 

@@ -31,8 +31,8 @@ SMALL = {
 
 
 def command(files, workdir, **changes):
-    settings = SMALL | {"data.train": files / "train.jsonl", "data.eval": files / "eval.jsonl"}
-    settings |= {"tokenizer": files / "tokenizer.model", **changes}
+    own = {"data.train": "train.jsonl", "data.eval": "eval.jsonl", "tokenizer": "tokenizer.model"}
+    settings = SMALL | ({} if files is None else {key: files / name for key, name in own.items()}) | changes
     flags = [f"--config.{k}={v}" for k, v in settings.items() if v is not None]
     return [sys.executable, "-m", "dpojax.main", "--config=configs/tldr.py", f"--workdir={workdir}", *flags]
 

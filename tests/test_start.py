@@ -15,8 +15,9 @@ from dpojax.data import world
 from dpojax.data.index import Dataset, build_index
 from dpojax.data.records import in_memory
 from dpojax.data.sources import open_named, open_sources
-from dpojax.data.tokens import Limits
+from dpojax.data.tokens import Limits, load_tokenizer
 from dpojax.data.triples import RowReader
+from dpojax.data.written import Writing
 from dpojax.errors import ConfigError
 
 
@@ -250,3 +251,205 @@ def test_sft_alone_and_evaluation_alone(files, plain, tmp_path):
     summary, before = (json.loads((w / "summary.json").read_text()) for w in (tmp_path / "eval", plain[0]))
     assert summary["eval_logps/chosen"] == pytest.approx(before["eval_logps/chosen"], abs=1e-3)
     assert summary["num_steps"] == 0 and len(losses(tmp_path / "eval")) == 0
+
+
+# --- what made the training text ----------------------------------------------------------------------------------------
+
+OTHER_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WRITINGS = {
+    "prompt template": {"prompt_template": "Post: {prompt}\nAnswer:", "max_prompt_tokens": 40, "max_response_tokens": 7},
+    "chat": {"text_as_chat": True, "max_prompt_tokens": 0, "max_response_tokens": 5},
+}
+
+
+def tool_prompts(folder: pathlib.Path, data: str, *flags: str):
+    """Prompt ids, and response lengths, as generate, score and audit read them from a run's folder."""
+    from dpojax import audit, generate, inference, score
+    from dpojax.data.sources import open_sources
+
+    parsed = generate.parser().parse_args([f"--model={folder}", f"--prompts={data}", *flags])
+    prompts = generate.read_prompts(parsed, inference.open_text(parsed.model, parsed, Writing()))
+    scored = score.parser().parse_args([f"--model={folder}", f"--data={data}", *flags])
+    text = inference.open_text(scored.model, scored, score.DEFAULTS)
+    groups = [text.dataset(open_sources(data), "score").token_group(i)[0] for i in range(2)]
+    audited = inference.open_text(
+        "", generate.parser().parse_args(["--model=x", f"--tokenizer={folder}", *flags]), audit.DEFAULTS
+    )
+    pairs = [audited.dataset(open_sources(data), "pairs").token_group(i)[0] for i in range(2)]
+    ids = lambda found: [g.prompt.tolist() for g in found]
+    lengths = lambda found: [[len(r) for r in g.responses] for g in found]
+    assert [p.ids for p in prompts] == ids(groups) == ids(pairs) and lengths(groups) == lengths(pairs)
+    return ids(groups), lengths(groups)
+
+
+@pytest.mark.parametrize("name", WRITINGS)
+def test_generate_score_and_audit_write_prompts_as_the_run_did(files, tmp_path, name):
+    """The files that a run leaves beside its tokenizer are all that they are told."""
+    folder = tmp_path / "run/tokenizer"
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer(str(files / "tokenizer.model"))
+    tokenizer.save(folder)
+    if name == "chat":
+        (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    writing = Writing(**WRITINGS[name])
+    writing.save(folder)
+    long_prompt = "I feel sad now. " * 9 + "It cost 40 dollars"
+    made = [{"prompt": long_prompt, "chosen": " I feel sad." * 5, "rejected": " No." * 9}] * 2
+    data = str(tmp_path / "pairs.jsonl")
+    pathlib.Path(data).write_text("".join(json.dumps(r) + "\n" for r in made))
+    prompts, lengths = tool_prompts(tmp_path / "run", data)
+    row = open_sources(data).get(0)
+    written = f"<user> {row['prompt']}\n<assistant> " if name == "chat" else f"Post: {row['prompt']}\nAnswer:"
+    ids = tokenizer.encode_prompt(written)
+    size = len(ids) + (name != "chat")  # the world's tokenizer puts a BOS, a chat template brings its own
+    assert prompts[0][-9:] == ids[-9:] and len(prompts[0]) == min(size, writing.max_prompt_tokens or size)
+    assert max(map(max, lengths)) == writing.max_response_tokens
+    plain, long = tool_prompts(tmp_path / "run", data, "--prompt_template={prompt}", "--max_response_tokens=0")
+    assert plain[0] != prompts[0] and max(map(max, long)) > writing.max_response_tokens  # the command line goes before it
+    (folder / "dpojax.json").write_text('{"max_prompt_tokens": "many"}')
+    with pytest.raises(ConfigError, match=r"dpojax\.json: max_prompt_tokens"):
+        tool_prompts(tmp_path / "run", data)
+
+
+@pytest.mark.slow
+def test_a_runs_template_and_what_ends_a_response_go_into_workdir_and_export(shared_data, tmp_path):
+    from dpojax.plain_data import read_json
+
+    model = shared_data / "models/TinyStories-656K"
+    (tmp_path / "other.jinja").write_text(OTHER_TEMPLATE + "{# other #}")
+    rows = [{"prompt": f"Tell me of {i} dogs.", "chosen": f"{i} dogs ran.", "rejected": "No."} for i in range(6)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = {"data.train": tmp_path / "d.jsonl", "data.eval": tmp_path / "d.jsonl", "tokenizer": ""}
+    sizes = dict.fromkeys(("model.hidden_size", "model.intermediate_size", "model.head_dim"))
+    chat = {"data.chat_template": tmp_path / "other.jinja", "data.text_as_chat": True, "data.max_response_tokens": 9}
+    short = {"num_steps": 2, "batch_size": 2, "export": True, "model.init": model, "sample.num_prompts": 2}
+    output = run(None, tmp_path / "w", **data, **sizes, **chat, **short)
+    assert "warning: optim.learning_rate=0.001" in output
+    for place in (tmp_path / "w/tokenizer", tmp_path / "w/export"):
+        assert (place / "chat_template.jinja").read_text() == OTHER_TEMPLATE + "{# other #}"
+        writing = read_json(place / "dpojax.json")
+        assert writing["text_as_chat"] and writing["max_response_tokens"] == 9
+        assert read_json(place / "generation_config.json")["eos_token_id"] == 2
+    prompts, lengths = tool_prompts(tmp_path / "w", str(tmp_path / "d.jsonl"))
+    assert load_tokenizer(str(model)).decode(prompts[0]).startswith("<user> Tell me of 0 dogs.\n<assistant>")
+    assert tool_prompts(tmp_path / "w/export", str(tmp_path / "d.jsonl")) == (prompts, lengths)
+
+
+# --- the audit ----------------------------------------------------------------------------------------------------------
+
+
+def audited(capsys, code, *flags):
+    from dpojax import audit
+
+    assert audit.main(["--color=never", *flags]) == code
+    done = capsys.readouterr()
+    return done.out + done.err
+
+
+def test_the_audit_counts_before_and_after_truncation_and_knows_kinds_of_rows(files, tmp_path, capsys):
+    tokenizer = f"--tokenizer={files / 'tokenizer.model'}"
+    words = " It cost 40 dollars. I feel sad now."
+    made = [
+        {"prompt": "I feel sad.", "chosen": words * 9, "rejected": " So" + words},  # chosen is longer, and then as long
+        {"prompt": "I feel ashamed.", "chosen": words * 2, "rejected": words * 3},  # the same after the cut
+        {"prompt": "I feel ill.", "chosen": words, "rejected": words},  # the same before it
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in made))
+    text = audited(capsys, 0, f"--data={data}", tokenizer, "--max_response_tokens=8")
+    assert "1 dropped, chosen and rejected are the same: pairs.jsonl:3" in text
+    assert "1 dropped after truncation, chosen and rejected are the same: pairs.jsonl:2" in text
+    assert "length before truncation: chosen is the longer one in 50.0%" in text  # 1 of 2
+    assert "length after truncation: chosen is the longer one in 50.0%" in text
+    kto = tmp_path / "kto.jsonl"
+    kto.write_text(json.dumps({"prompt": "I feel sad.", "completion": words, "label": True}) + "\n")
+    assert "1 usable labelled responses" in audited(capsys, 0, f"--data={kto}", tokenizer)
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text(json.dumps({"prompt": "I feel sad.", "completion": words}) + "\n")
+    assert "can serve as sft.data" in audited(capsys, 0, f"--data={sft}", tokenizer)
+    data.write_text(json.dumps({"prompt": "x"}) + "\n")
+    assert "none of its 1 rows is usable; pairs.jsonl:1: column 'chosen'" in audited(capsys, 3, f"--data={data}", tokenizer)
+    template = tmp_path / "t.jinja"
+    template.write_text(OTHER_TEMPLATE)
+    sides = {s: [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": s}] for s in ("chosen", "rejected")}
+    data.write_text(json.dumps(sides) + "\n")
+    assert "no chat template" in audited(capsys, 2, f"--data={data}", tokenizer)
+    assert "1 usable pairs" in audited(capsys, 0, f"--data={data}", tokenizer, f"--chat_template={template}")
+
+
+# --- what is said at the start ------------------------------------------------------------------------------------------
+
+
+def test_an_own_reward_function_is_tried_on_two_samples(tmp_path):
+    from dpojax.winrate import check_scores, try_reward
+
+    bodies = {
+        "[1.0] * len(r)": None,
+        "1.0": "gave 1.0",
+        "[1.0]": "gave 1 scores for 2 responses",
+        "[float('nan')] * 2": "nan",
+        "['good'] * 2": "number for every response",
+        "p[9]": "fails on 2 samples: IndexError",
+    }
+    for number, (body, says) in enumerate(bodies.items()):
+        path = tmp_path / f"reward{number}.py"
+        path.write_text(f"def judge(p, r):\n    return {body}\n")
+        if says is None:
+            try_reward(f"{path}:judge", ["a", "b"], ["c", "d"])
+            continue
+        with pytest.raises(ConfigError, match=says):
+            try_reward(f"{path}:judge", ["a", "b"], ["c", "d"])
+    assert check_scores("x:y", np.ones(2), 2) == [1.0, 1.0]
+
+
+def test_a_model_or_data_set_that_is_not_here_says_how_to_fetch_it(tmp_path, monkeypatch, capsys, files):
+    import importlib
+
+    from dpojax import generate, score
+    from dpojax.main import main
+    from dpojax.weights import open_weights
+
+    with pytest.raises(ConfigError, match=r"model\.init='org/Model-1': .* hf download org/Model-1"):
+        open_weights("org/Model-1")
+    with pytest.raises(ConfigError, match=r"no such file or folder$"):
+        open_weights("./nowhere")
+    # Whatever else is wrong, the model is said first.
+    argv = ["--config=configs/dpo.py", f"--workdir={tmp_path}/w", "--config.model.init=org/name", "--config.data.train=nowhere"]
+    monkeypatch.chdir(ROOT)
+    assert main(argv) == 2 and "hf download org/name" in capsys.readouterr().err
+    for tool in (generate, score):
+        data = "--prompts=nowhere" if tool is generate else "--data=nowhere"
+        assert tool.main(["--model=org/name", data]) == 2 and "--model='org/name'" in capsys.readouterr().err
+
+    class Offline:
+        def load_dataset(self, *args, **options):
+            raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: Offline())
+    with pytest.raises(ConfigError, match=r"^hf:a/b:test cannot be opened \(ConnectionError: no route\).*$"):
+        open_sources("hf:a/b:test")
+
+
+def test_settings_that_do_not_suit_pretrained_weights_are_said(files):
+    from dpojax.fitness import unfit_settings
+    from dpojax.weights import Weights
+
+    tokenizer = load_tokenizer(str(files / "tokenizer.model"))
+    made = [{"prompt": f"Say {i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    data = Dataset(in_memory("rows", made), RowReader(""), tokenizer, Limits(64, 64))
+    index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
+    weights = Weights(None, None, None, None)  # pyright: ignore[reportArgumentType]
+
+    def said(epochs=1.0, file="configs/dpo.py", **changes):
+        config = configured(file, **{"data.train": "rows.jsonl", "model.init": "model", **changes})
+        lines = unfit_settings(config, data, index, weights, epochs)
+        return " ".join(line for line in lines if not line.startswith("note: "))
+
+    assert said() == ""
+    assert "optim.learning_rate=0.0001" in said(file="configs/tldr.py")
+    assert "adapters take" in said(**{"lora.rank": 4})
+    assert "9.0 epochs" in said(9.0, file="configs/tldr.py")
+    assert "TL;DR" in said(**{"data.prompt_template": "{prompt} TL;DR:"})
+    assert unfit_settings(configured(), data, index, None, 99.0) == []

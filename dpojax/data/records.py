@@ -226,7 +226,15 @@ def _hub(name: str) -> Records:
     except ImportError as error:
         raise ConfigError(f"hf:{name} needs the extra: pip install 'dpojax[hf]'") from error
     path, _, split = name.partition(":")
-    table = datasets.load_dataset(path, split=split or "train")
+    try:
+        table = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:  # no network, no such name, no such split: the library raises anything
+        lines = str(error).splitlines()
+        cause = f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+        raise ConfigError(
+            f"hf:{name} cannot be opened ({cause}); without a network, fetch it elsewhere (hf download {path} --repo-type dataset "
+            "--local-dir DIR) and name its files"
+        ) from error
     source = InMemory(f"hf:{name}", table)
     return Records(f"hf:{name}", len(table), source.get, source.where, str(table._fingerprint))
 
