@@ -19,10 +19,10 @@ from dpojax.data.sources import open_sources
 from dpojax.data.triples import DROPPED, Dropped
 from dpojax.data.written import Writing
 from dpojax.errors import DataError
+from dpojax.evaluation.statistics import wilson
 from dpojax.flags import Parser
 from dpojax.inference import add_text_arguments, open_text, run_tool
 from dpojax.metrics import Progress
-from dpojax.winrate import wilson
 
 COLOR = {"prompt": "\x1b[90m", "chosen": "\x1b[32m", "rejected": "\x1b[31m", "special": "\x1b[7m", "off": "\x1b[0m"}
 

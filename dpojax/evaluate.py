@@ -16,6 +16,7 @@ from dpojax.data.sources import Part
 from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.datasets import Data
 from dpojax.errors import NumericsError
+from dpojax.evaluation import statistics
 from dpojax.job import Job
 from dpojax.objectives import Loss
 from dpojax.policy import Policy, check_positions
@@ -119,7 +120,7 @@ class Sampling:
         prompts = self.prompts[: self.job.config.sample.kl_prompts]
         options = dict(settings=self.own_settings, seed=self.job.config.seed, progress=lambda n: None)
         drawn = sampling.generate(self.own_sampler, params, prompts, **options, **self.common)
-        return winrate.mean_with_error(self._log_ratio(params, ref, prompts, [r.ids for r in drawn]))
+        return statistics.mean_with_error(self._log_ratio(params, ref, prompts, [r.ids for r in drawn]))
 
     def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
         score = functools.partial(
@@ -156,7 +157,7 @@ class Sampling:
         result["prompt_texts"] = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked]
         if self.from_the_policy:
             log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
-            result["kl"], result["kl_error"] = winrate.mean_with_error(log_ratio.tolist())
+            result["kl"], result["kl_error"] = statistics.mean_with_error(log_ratio.tolist())
         return result
 
 
@@ -197,13 +198,13 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
         reward = winrate.load_reward(spec)
         judged = {name: reward(samples["prompt_texts"], samples["texts"][name]) for name in ids}
         scores = {name: winrate.check_scores(spec, values, len(ids["policy"])) for name, values in judged.items()}
-        rate = winrate.win_rate(scores["policy"], scores["reference"])
+        rate = statistics.win_rate(scores["policy"], scores["reference"])
         difference = lengths["policy"] - lengths["reference"]
         found |= {
             "win_rate": rate.value,
             "win_rate_low": rate.low,
             "win_rate_high": rate.high,
-            "win_rate_length_controlled": winrate.length_controlled_win_rate(
+            "win_rate_length_controlled": statistics.length_controlled_win_rate(
                 scores["policy"], scores["reference"], difference.tolist()
             ),
             "mean_reward": float(np.mean(scores["policy"])),

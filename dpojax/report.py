@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dpojax.config import Config, resolved_mode, to_dict
+from dpojax.evaluation.statistics import wilson
 from dpojax.metrics import duration
 from dpojax.train import PairResults
-from dpojax.winrate import wilson
 
 CHOSEN, REJECTED, TRAIN, EVAL, GREY = "#1b7837", "#b2182b", "#4575b4", "#f46d43", "#777777"
 STYLE = {

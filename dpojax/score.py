@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpojax import reference, sharding, winrate
+from dpojax import reference, sharding
 from dpojax.data.index import Dataset, Index, build_index
 from dpojax.data.pipeline import PackGroups, make_shape
 from dpojax.data.sources import open_sources
 from dpojax.data.triples import DROPPED, Dropped
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, DataError
+from dpojax.evaluation import statistics
 from dpojax.flags import Parser
 from dpojax.inference import Loaded, Output, add_model_arguments, add_text_arguments, load_model, note, open_text, run_tool
 from dpojax.metrics import Progress, finite_json
@@ -124,7 +125,7 @@ def summarise(rows: list[dict[str, Any]], left_out: dict[str, int], args) -> dic
     found: dict[str, Any] = {"model": args.model, "ref": args.ref or None, "beta": args.beta if args.ref else None}
     found |= {"rows": len(rows), "pairs": len(margins), "left_out": left_out}
     if len(margins):
-        rate = winrate.wilson(float(np.sum(margins > 0) + 0.5 * np.sum(margins == 0)), len(margins))
+        rate = statistics.wilson(float(np.sum(margins > 0) + 0.5 * np.sum(margins == 0)), len(margins))
         found |= {
             "accuracy": rate.value,
             "accuracy_low": rate.low,

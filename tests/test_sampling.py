@@ -1,14 +1,13 @@
-"""Sampling with a cache against the training forward, and the statistics of evaluation."""
+"""Sampling with a cache against the training forward."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
-from dpojax import sampling, winrate
+from dpojax import sampling
 
 MODEL = tiny.model(full=True)
 PARAMS = tiny.params(MODEL)
@@ -76,17 +75,3 @@ def test_samples_follow_the_models_distribution():
     drawn = np.bincount(np.asarray(draw(PARAMS, tokens, valid, keys).tokens)[:, 0], minlength=61) / 4000
     expected = np.exp([tiny.naive_logps(MODEL, PARAMS, [7] * 4, [t])[0] for t in range(5)])
     np.testing.assert_allclose(drawn[:5], expected, atol=5 * (0.25 / 4000) ** 0.5)
-
-
-def test_wilson_interval_and_win_rate():
-    rate = winrate.wilson(50, 100)
-    np.testing.assert_allclose(rate, (0.5, 0.4038315, 0.5961685), atol=1e-6)  # textbook values
-    assert winrate.win_rate([1, 2, 3], [0, 2, 4]).value == 0.5  # a win, a tie, a loss
-
-
-def test_length_control_takes_away_what_length_explains():
-    rng = np.random.default_rng(0)
-    difference = rng.normal(10, 10, 4000)
-    wins = rng.random(4000) < 1 / (1 + np.exp(-1.5 * np.tanh(difference / difference.std())))
-    assert wins.mean() > 0.65
-    assert winrate.length_controlled_win_rate(wins, np.full(4000, 0.5), difference) == pytest.approx(0.5, abs=0.04)

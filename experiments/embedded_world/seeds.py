@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from dpojax import sweep
-from dpojax.winrate import wilson
+from dpojax.evaluation.statistics import wilson
 
 
 def main() -> None:
