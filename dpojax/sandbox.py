@@ -8,7 +8,9 @@ starts by itself, without JAX, and many items are under way at a time.
 """
 
 import contextlib
+import fcntl
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 MAX_ITEM_SECONDS = 2.0  # of processor time; a real dialogue takes less than a millisecond
@@ -28,6 +30,8 @@ MAX_LOAD_SECONDS = 30.0  # of processor time, to unpack `shared`; the largest to
 MAX_SILENT_SECONDS = 120.0  # of the clock: a child that waits for something uses no processor
 MAX_BYTES = 4 * 2**30  # of the child's address space
 MAX_AHEAD, MAX_AHEAD_BYTES = 512, 2**20  # items and bytes that are under way
+BLOCK = 64  # items that a child takes in its turn, where several share the work
+PIPE_BYTES = 2**20  # of a pipe's buffer, where the system has a choice: a child works on while the parent is with another
 MAX_TOGETHER = 64  # results that are sent at once
 FLUSH_SECONDS = 0.1  # results wait for others at most so long
 _HEADER = 8  # bytes that hold the length of a message
@@ -84,6 +88,9 @@ class _Child:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
+        for pipe in (self.stdin, self.stdout):
+            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not Linux
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.stdout, selectors.EVENT_READ)
         self.outgoing, self.incoming = bytearray(), bytearray()
@@ -115,7 +122,7 @@ class _Child:
 
     def _write(self) -> None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):  # of a child that died: reading says of what
-            written = os.write(self.stdin, memoryview(self.outgoing)[: 2**16])
+            written = os.write(self.stdin, memoryview(self.outgoing)[:PIPE_BYTES])
             del self.outgoing[:written]
             return
         if self.process.poll() is not None:
@@ -238,7 +245,7 @@ def inside() -> bool:
     return bool(os.environ.get(_INSIDE))
 
 
-def each(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
+def each(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Generator[Any, None, None]:
     """function(shared, item) of every item, in order; where it raised, or the child died of it, the exception in its place.
 
     Args:
@@ -258,6 +265,35 @@ def each(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any])
             yield from results
     finally:
         work.close()
+
+
+def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any], *, children: int) -> Iterator[Any]:
+    """As `each`, by several children, which take the items block by block in turn; one starts when its first block comes."""
+    source = iter(items)
+    waiting: list[deque[Any]] = [deque() for _ in range(children)]
+    turns = itertools.cycle(waiting)
+
+    def blocks_of(own: deque[Any]) -> Iterator[Any]:
+        while True:
+            while not own:
+                block = list(itertools.islice(source, BLOCK))
+                if not block:
+                    return
+                next(turns).extend(block)
+            yield own.popleft()
+
+    streams = [each(function, shared, blocks_of(own)) for own in waiting]
+    try:
+        for stream in itertools.cycle(streams):
+            count = 0
+            for result in itertools.islice(stream, BLOCK):
+                count += 1
+                yield result
+            if count < BLOCK:
+                return
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def call(function: Callable[[Any], Any], argument: Any) -> Any:

@@ -23,9 +23,10 @@ from dpojax.data.records import Records, Row
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
-from dpojax.sandbox import SandboxError, each
+from dpojax.sandbox import SandboxError, spread
 
-VERSION = 6  # raise it when a change of this package changes lengths or verdicts
+MANY_ROWS = 1000  # of these on, several processes read: each takes a second to start
+VERSION = 7  # raise it when a change of this package changes lengths or verdicts
 
 
 class Index(NamedTuple):
@@ -256,7 +257,8 @@ class Dataset:
         reading = dataclasses.replace(self, records=self.records._replace(get=_nowhere, where=_nowhere))
         trusted = self.reader.chat is None and (self.tokenizer is None or self.tokenizer.folder is None)
         step = functools.partial(_read_item, reading)
-        for result in map(step, items()) if trusted else each(_read_item, reading, items()):
+        children = 1 if self.records.size < MANY_ROWS else min(4, os.cpu_count() or 1)
+        for result in map(step, items()) if trusted else spread(_read_item, reading, items(), children=children):
             while (damaged := under_way[0][2]) is not None:
                 yield under_way.popleft()[0], damaged
             row, where, _ = under_way.popleft()

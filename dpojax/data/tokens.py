@@ -6,6 +6,7 @@ template holds its special tokens itself, BOS and ends of turns included; nothin
 """
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -200,6 +201,8 @@ class JsonTokenizer:
         self._specials = {t.content: i for i, t in known.items() if t.special}
         self._added = {t.content: t for t in known.values() if t.special or not t.normalized}
         self._pattern = any_of(self._added)
+        # Several pairs of a prompt, and rows that are read again, are encoded once.
+        self._recent_ids = functools.lru_cache(maxsize=1024)(self._recent_chat_ids)
         self.vocab_size = self._prompt.get_vocab_size(with_added_tokens=True)
         bos, eos, pad = (self._id(n.text) if (n := files.names.get(f"{k}_token")) else None for k in ("bos", "eos", "pad"))
         # BOS where the tokenizer itself puts one: many files name a token that no text of theirs ever started with (GPT-2).
@@ -245,9 +248,18 @@ class JsonTokenizer:
         return self._specials
 
     def encode_chat(self, text: str, *, before: str = "", spans: bool = False) -> tuple[list[int], Spans]:
-        if not before:
+        context = self._context(before) if before else ""
+        if spans or len(text) > MAX_RECENT_CHARACTERS:
+            return self._encode_chat(text, context, bool(before), spans)
+        return list(self._recent_ids(text, context, bool(before))), []
+
+    def _recent_chat_ids(self, text: str, context: str, goes_on: bool) -> list[int]:
+        return self._encode_chat(text, context, goes_on, False)[0]
+
+    def _encode_chat(self, text: str, context: str, goes_on: bool, spans: bool) -> tuple[list[int], Spans]:
+        """The ids of a text after the special token `context`, or that goes on after plain text, or begins a dialogue."""
+        if not goes_on:
             return _encode(self._chat, text, spans)
-        context = self._context(before)
         if context:  # what follows a special token is encoded after it, and the token left out again
             ids, places = _encode(self._chat, context + text, spans)
             shift = len(context)
@@ -292,6 +304,7 @@ MAX_DECODER_GROWTH = 100.0  # times the characters of the pieces; real decoders 
 # What looks like a special token in a text, and what is plain text with some models.
 CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|</?s>|</?(?:bos|eos)>|<(?:start|end)_of_turn>")
 ROLE_TEXTS = ("<|user|>", "<|assistant|>", "<|system|>")
+MAX_RECENT_CHARACTERS = 20_000  # of a text whose ids are kept for the next time
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
 # What lies beside the weights and goes on unchanged from an import to an export.
@@ -713,9 +726,9 @@ def _cut_content(rest: Sequence[Message], rewrite, tokenizer: Tokenizer, over: i
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
             continue
-        ids, spans = tokenizer.encode_chat(content, before="a", spans=True)
+        ids, _ = tokenizer.encode_chat(content, before="a")
         while over < len(ids):
-            rest[place] = {**message, "content": content[spans[over][0] :].lstrip()}
+            rest[place] = {**message, "content": _without_start(content, ids, over, tokenizer).lstrip()}
             shorter, written = rewrite(rest)
             if len(shorter) <= limit:
                 return shorter, written
@@ -726,6 +739,15 @@ def _cut_content(rest: Sequence[Message], rewrite, tokenizer: Tokenizer, over: i
         f"the prompt is longer than {limit} tokens, also without the contents of its turns: its system text, its tools "
         "and the template cannot be cut; raise data.max_prompt_tokens, or leave the row out"
     )
+
+
+def _without_start(text: str, ids: Sequence[int], count: int, tokenizer: Tokenizer) -> str:
+    """The text of the tokens of `text` after the first `count`."""
+    end = tokenizer.decode(ids[count:])
+    if text.endswith(end) and end:
+        return end
+    _, spans = tokenizer.encode_chat(text, before="a", spans=True)  # slower, but right where a character is cut in two
+    return text[spans[count][0] :]
 
 
 def response_ids(response: str | Sequence[int], tokenizer: Tokenizer | None, limit: int) -> tuple[list[int], int]:
