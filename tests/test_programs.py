@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -29,25 +28,23 @@ def programs(workdir):
 
 
 @pytest.mark.slow
-def test_a_second_start_loads_every_program_and_equals_the_first_to_the_bit(files, tmp_path):
+def test_a_second_start_loads_every_program_and_equals_the_first_to_the_bit(plain, files, tmp_path):
     home = tmp_path / "home"
     first = cached_run(files, tmp_path / "first", home)
     second = cached_run(files, tmp_path / "second", home)
-    off = cached_run(files, tmp_path / "off", tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
     for output in (first, second):
         assert output.count("compiled programs are kept in") == 1 and str(home) in output
-    assert "are kept" not in off and not (tmp_path / "none").exists()
     assert all(p["compiled"] == 1 and not p["loaded"] for p in programs(tmp_path / "first").values())
     assert all(p["loaded"] == 1 and not p["compiled"] for p in programs(tmp_path / "second").values())
     assert re.search(r"^loaded from the compilation cache .*dpo_step", second, re.MULTILINE)
     assert "compiled dpo_step" not in second and "time(s)" not in second
-    assert numbers(tmp_path / "first") == numbers(tmp_path / "second") == numbers(tmp_path / "off")
+    assert numbers(tmp_path / "first") == numbers(tmp_path / "second") == numbers(plain[0])  # compiled elsewhere
     noise = re.compile(r"^.*(warn|E0000|W0000|SIGILL|machine features|cpu_aot).*$", re.MULTILINE | re.IGNORECASE)
-    assert set(noise.findall(second)) <= set(noise.findall(off))
-    # Damage, cut-off writes and a full folder cost the compiling alone.
+    words = lambda output: {re.sub(r"\d+", "0", line[0]) for line in noise.finditer(output)}
+    assert words(second) <= words(first)  # loading prints no alarm that compiling does not
+    # Damage and cut-off writes cost the compiling alone, once.
     (folder,) = (home / "dpojax").iterdir()
-    entries = sorted(folder.glob("jit_*-cache"))
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(sorted(folder.glob("jit_*-cache"))):
         content = bytearray(entry.read_bytes())
         if i % 3 == 0:
             content[len(content) // 2] ^= 255
@@ -57,25 +54,24 @@ def test_a_second_start_loads_every_program_and_equals_the_first_to_the_bit(file
             entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
         entry.write_bytes(content)
     third = cached_run(files, tmp_path / "third", home)
-    assert numbers(tmp_path / "third") == numbers(tmp_path / "first") and "Error reading" not in third
+    assert numbers(tmp_path / "third") == numbers(plain[0]) and "Error reading" not in third
     cached_run(files, tmp_path / "fourth", home)
     assert all(p["loaded"] == 1 for p in programs(tmp_path / "fourth").values())  # each was written anew
 
 
 @pytest.mark.slow
-def test_several_runs_at_once_share_the_folder_and_a_kill_leaves_it_usable(files, tmp_path):
+def test_runs_at_once_share_the_folder(plain, files, tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    started = [start(files, tmp_path / str(i), env) for i in range(3)]
-    started[2].stdout.readline()
-    started[2].send_signal(signal.SIGKILL)
+    flags = "--xla_force_host_platform_device_count=1"
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    started = [start(files, tmp_path / str(i), env) for i in range(2)]
     outputs = [p.communicate(timeout=300)[0] for p in started]
-    assert [p.returncode for p in started[:2]] == [0, 0], outputs
-    assert numbers(tmp_path / "0") == numbers(tmp_path / "1")
-    assert "Error" not in cached_run(files, tmp_path / "after", tmp_path / "home")
+    assert [p.returncode for p in started] == [0, 0], outputs
+    assert numbers(tmp_path / "0") == numbers(tmp_path / "1") == numbers(plain[0])
+    assert not any("Error" in output or "Warning" in output for output in outputs)
 
 
-@pytest.mark.parametrize("kind", ["a file", "others may write", "relative", "no home", "unwritable"])
+@pytest.mark.parametrize("kind", ["a file", "others may write", "relative", "no home", "unwritable", "off"])
 def test_a_folder_that_cannot_be_used_stops_nothing(tmp_path, kind):
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path / "home")}
     place = tmp_path / "home/dpojax"
@@ -91,14 +87,17 @@ def test_a_folder_that_cannot_be_used_stops_nothing(tmp_path, kind):
         env |= {"XDG_CACHE_HOME": "here", "HOME": str(tmp_path)}
     elif kind == "no home":
         env = {k: v for k, v in env.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    elif kind == "off":
+        env |= {"JAX_ENABLE_COMPILATION_CACHE": "0"}
     elif kind == "unwritable":
         env |= {"XDG_CACHE_HOME": "/proc/nowhere"}
     code = "from dpojax.programs import open_cache; print(open_cache()); import jax; print(jax.jit(lambda x: x + 1)(1))"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.endswith("2\n"), done.stderr
     assert "Traceback" not in done.stderr and not (ROOT / "here").exists()
-    expected = {"relative": f"are kept in {tmp_path}/.cache/dpojax/programs-", "no home": "\n2"}
+    expected = {"relative": f"are kept in {tmp_path}/.cache/dpojax/programs-", "no home": "\n2", "off": "\n2"}
     assert expected.get(kind, "are not kept") in done.stdout
+    assert place.exists() == (kind in ("a file", "others may write"))
 
 
 def test_a_line_gathers_what_was_compiled_and_loaded_since_the_last():
