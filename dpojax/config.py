@@ -625,7 +625,8 @@ def load_config_file(spec: str, *, allow_code: bool = False, overridden: Collect
     path, _, argument = spec.partition(":")
     file = existing_path(path)
     if file is None or not file.is_file():
-        raise ConfigError(f"--config={spec!r:.300}: there is no file {path!r:.300}{_nearest_file(path)}")
+        what = "is a folder; name a file in it" if file is not None and file.is_dir() else "there is no such file"
+        raise ConfigError(f"--config={spec!r:.300}: {path!r:.300}: {what}{_nearest_file(path)}")
     if file.suffix == ".json":
         values = _load_plain(file)
         if not allow_code:

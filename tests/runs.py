@@ -1,5 +1,6 @@
 """Whole runs through the command line, on a small world: what the tests of runs and of faults share."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -68,6 +69,14 @@ def numbers(workdir):
     found = [((r["step"], k), v) for r in rows(workdir) for k, v in r.items() if k not in ("step", *TIMES)]
     assert len(dict(found)) == len(found)
     return dict(found)
+
+
+def content(folder: pathlib.Path) -> dict[str, str]:
+    """Every file and folder of a workdir, with what it holds."""
+    found = {}
+    for place in sorted(folder.rglob("*")):
+        found[str(place.relative_to(folder))] = "" if place.is_dir() else hashlib.sha256(place.read_bytes()).hexdigest()
+    return found
 
 
 def losses(workdir):

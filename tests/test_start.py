@@ -1,6 +1,5 @@
 """How a run starts: what it reads, what its settings mean together, and that a refused run changes nothing."""
 
-import hashlib
 import json
 import pathlib
 import pickle
@@ -8,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import ROOT, command, losses, rows, run
+from runs import ROOT, command, content, losses, rows, run
 
 from dpojax.config import apply_override, from_config_dict, load_config_file, with_limits, with_steps
 from dpojax.data import world
@@ -126,14 +125,6 @@ def test_held_out_prompts_are_whole_and_drawn_by_the_seed():
 
 
 # --- a refused run ------------------------------------------------------------------------------------------------------
-
-
-def content(folder: pathlib.Path) -> dict[str, str]:
-    """Every file and folder of a workdir, with what it holds."""
-    found = {}
-    for place in sorted(folder.rglob("*")):
-        found[str(place.relative_to(folder))] = "" if place.is_dir() else hashlib.sha256(place.read_bytes()).hexdigest()
-    return found
 
 
 REFUSALS = {

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, command, environment, numbers, run, start, start_two, wait_for
+from runs import ROOT, command, content, environment, numbers, run, start, start_two, wait_for
 
 from dpojax import sweep
 from dpojax.config import apply_override, load_config_file
@@ -75,6 +75,10 @@ def test_a_stopped_sweep_goes_on_and_a_learning_rate_is_that_of_the_solo_run(fil
     process.communicate(timeout=120)
     assert process.returncode == 143
     assert "resumed at step" in run_sweep(files, tmp_path / "a", grid)
+    before = content(tmp_path / "a")
+    other = sweep_command(files, tmp_path / "a", "--sweep.optim.learning_rate=1e-3,1e-4")
+    assert subprocess.run(other, env=environment(), cwd=ROOT, timeout=300).returncode == 4
+    assert content(tmp_path / "a") == before  # a sweep that is refused leaves every byte as it was
     run(files, tmp_path / "solo", **{"optim.learning_rate": 3e-4})
     assert_equal_runs(tmp_path / "a/learning_rate=3e-4", tmp_path / "solo")
 

@@ -540,7 +540,9 @@ def chat_template(tokenizer: Tokenizer, file: str = "") -> ChatTemplate | None:
     if file:
         path = pathlib.Path(file)
         if "\0" in file or not path.is_file():
-            raise ConfigError(f"data.chat_template={file!r}: there is no such file")
+            is_folder = "\0" not in file and path.is_dir()
+            what = "it is a folder; name the .jinja file in it" if is_folder else "there is no such file"
+            raise ConfigError(f"data.chat_template={file!r}: {what}")
         source, name = read_text(path), f"data.chat_template={file!r}"
     else:
         templates = {} if tokenizer.folder is None else find_templates(tokenizer.folder)
