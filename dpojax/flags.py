@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from dpojax.plain_data import number_fault
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The question for the nearest of the known names, to end a message with; "" where none is near."""
@@ -31,8 +33,32 @@ def nearest_setting(name: str, settings: Iterable[str]) -> str:
     return f"; did you mean {by_last[near[0]]}?" if near else ""
 
 
+def _read_number(text: str, kind: type) -> Any:
+    try:
+        value = kind(text)
+    except (ValueError, OverflowError):
+        value = None
+    fault = number_fault(value, kind)
+    if fault is not None:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: {fault}")
+    return value
+
+
+def _read_int(text: str) -> int:
+    return _read_number(text, int)
+
+
+def _read_float(text: str) -> float:
+    return _read_number(text, float)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors name the nearest flag or choice."""
+    """argparse's, whose errors name the nearest flag or choice, and whose numbers fit 32 bits."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.register("type", int, _read_int)
+        self.register("type", float, _read_float)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The command line; leaves with exit code 2 for what is not understood."""

@@ -4,7 +4,6 @@ Every JSON file and every line of one is read by `parse_json`: its size, depth, 
 before anything is made of it. Every number of a setting, a flag or a column passes `number_fault`.
 """
 
-import argparse
 import json
 import math
 import os
@@ -221,24 +220,3 @@ def number_fault(value: Any, kind: type, *, infinite: bool = False) -> str | Non
     if value and abs(value) < SMALLEST_FLOAT32 / 2:
         return "it must be a number that float32 holds: this one is 0 there"
     return None
-
-
-def _flag(text: str, kind: type) -> Any:
-    try:
-        value = kind(text)
-        fault = number_fault(value, kind)
-    except (ValueError, OverflowError):
-        fault, value = number_fault(None, kind), None
-    if fault is not None:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: {fault}")
-    return value
-
-
-def int_flag(text: str) -> int:
-    """A command line's whole number, within 32 bits; a type for argparse."""
-    return _flag(text, int)
-
-
-def float_flag(text: str) -> float:
-    """A command line's finite number, within float32; a type for argparse."""
-    return _flag(text, float)
