@@ -73,7 +73,7 @@ class SentencePieceTokenizer:
             self._prompt = sentencepiece.SentencePieceProcessor(model_proto=self.model)
             spec.ParseFromString(self.model)
         except Exception as error:  # RuntimeError from C++, DecodeError from protobuf
-            raise ConfigError(f"tokenizer {self.name}: not a sentencepiece model ({error})") from error
+            raise ConfigError(f"tokenizer {self.name}: not a sentencepiece model, or a damaged one") from error
         spec.normalizer_spec.add_dummy_prefix = False
         self._continuation = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
         bos, eos, pad = self._prompt.bos_id(), self._prompt.eos_id(), self._prompt.pad_id()
