@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpojax.command import leave
 from dpojax.data.index import Dataset
 from dpojax.data.packing import TokenGroup
 from dpojax.data.records import Records
@@ -264,4 +265,4 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

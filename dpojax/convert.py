@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from dpojax import sharding
+from dpojax.command import leave
 from dpojax.errors import ConfigError
 from dpojax.flags import Parser
 from dpojax.inference import run_tool
@@ -66,4 +67,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

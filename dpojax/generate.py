@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dpojax import sampling, sharding
+from dpojax.command import leave
 from dpojax.config import unescape
 from dpojax.data.sources import open_sources
 from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids, stop_ids
@@ -255,4 +256,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax import sharding
+from dpojax.command import run_command
 from dpojax.config import check_template, unescape
 from dpojax.data.chat import ChatTemplate
 from dpojax.data.index import Dataset
@@ -17,7 +18,7 @@ from dpojax.data.tokens import Limits, Tokenizer, chat_template, load_tokenizer,
 from dpojax.data.triples import RowReader
 from dpojax.data.written import Writing, read_writing
 from dpojax.datasets import tokenizer_of
-from dpojax.errors import ConfigError, DpojaxError
+from dpojax.errors import ConfigError
 from dpojax.metrics import Progress, finite_json, say
 from dpojax.models import Model, ModelConfig, hf
 from dpojax.models.table import num_params, param_shapes
@@ -157,13 +158,18 @@ class Output:
     def __init__(self, name: str):
         self.name = name
         self.path = None if name == "-" else pathlib.Path(name)
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.temporary = self.path.with_name(self.path.name + ".tmp")
-                self.file = self.temporary.open("w", encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"--out={name!r}: cannot be written: {error.strerror or error}") from error
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A device or a pipe is written to, and stays what it is.
+            self.in_place = self.path.exists() and not self.path.is_file()
+            self.temporary = self.path if self.in_place else self.path.with_name(self.path.name + ".tmp")
+            if not self.in_place and self.temporary.exists() and not self.temporary.is_file():
+                raise ConfigError(f"--out={name!r}: {self.temporary} is no plain file")
+            self.file = self.temporary.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out={name!r}: cannot be written: {error.strerror or error}") from error
 
     def write(self, row: dict[str, Any]) -> None:
         text = finite_json(row)
@@ -173,22 +179,19 @@ class Output:
         """Puts the file in its place."""
         if self.path is not None:
             self.file.close()
-            self.temporary.replace(self.path)
+            if not self.in_place:
+                self.temporary.replace(self.path)
 
 
 def run_tool(main, parser: argparse.ArgumentParser, argv) -> int:
     """Runs main(args); errors that a user can mend become one line and an exit code."""
     args = parser.parse_args(argv)
-    open_cache()
-    try:
+
+    def tool(stop) -> None:
+        open_cache()
         main(args)
-    except BrokenPipeError:
-        sys.stdout = None
-        return 1
-    except DpojaxError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+
+    return run_command(tool)
 
 
 def note(message: str, out: Output) -> None:

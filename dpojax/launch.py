@@ -4,11 +4,14 @@ Every process runs the same command. Who they are comes from JAX_COORDINATOR_ADD
 from Slurm, Open MPI, Kubernetes or a TPU slice, which jax.distributed.initialize() recognises itself.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import pkgutil
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from dpojax.errors import ConfigError
@@ -54,6 +57,22 @@ def tpu_host(pci: pathlib.Path = pathlib.Path("/sys/bus/pci/devices")) -> bool:
         return False
     read = lambda file: file.read_text().strip() if file.exists() else ""
     return any(read(d / "vendor") == _GOOGLE and read(d / "device") in _TPUS for d in pci.glob("*"))
+
+
+def hide_absent_tpus(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tells JAX to leave libtpu alone where it is installed, nobody asks for TPUs, and this machine has none.
+
+    It would look for them, and print alarms. Where another accelerator's plugin is installed, JAX chooses as ever.
+    """
+    asked = any(environ.get(k) for k in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID"))
+    if asked or importlib.util.find_spec("libtpu") is None or tpu_host():
+        return
+    others = [name for _, name, _ in pkgutil.iter_modules() if name.startswith(("jax_cuda", "jax_rocm"))]
+    if others or importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
+        return
+    environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment already
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def alone_on_its_machine(environ: Mapping[str, str]) -> bool:

@@ -3,20 +3,20 @@
 Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 numerics, 6 does not fit, 130 and 143 signals.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dpojax.errors import CheckpointError, ConfigError, DpojaxError, FitError, Interrupted
+from dpojax.command import StopSignal, leave, run_command
+from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean, nearest_setting
-from dpojax.launch import join_processes, launcher
+from dpojax.launch import join_processes
 
 USAGE = """usage: python -m dpojax.main --config=FILE[:argument] [--workdir=DIR] [--config.KEY=VALUE ...]
 
@@ -155,114 +155,48 @@ def join_run(configs: Sequence[Any]) -> None:
     same_everywhere("config", digest([to_dict(c) for c in configs]))
 
 
-class StopSignal:
-    """SIGTERM and Ctrl-C as a question that the loop asks at each step boundary; outside the loop they stop at once.
-
-    One process: a handler of our own. Several: JAX's preemption service alone (a handler set after
-    jax.distributed.initialize steals the signal from it), which makes all processes stop at the same step.
-    """
-
-    def __init__(self, processes: int):
-        self.exit_code, self.processes, self.in_loop = 0, processes, False
-        if processes == 1:
-            signal.signal(signal.SIGTERM, self._handle)
-            signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        if self.exit_code and number == signal.SIGINT:
-            os._exit(130)  # the second Ctrl-C leaves at once; unfinished saves are never committed
-        self.exit_code = 128 + number
-        name = signal.Signals(number).name
-        if not self.in_loop:  # nothing is there that is not saved
-            print(f"{name}: stopped; the same command goes on from there", flush=True)
-            raise Interrupted(self.exit_code)
-        print(f"{name}: saving at the next step boundary", flush=True)
-
-    def __enter__(self):
-        self.in_loop = True
-        return self
-
-    def __exit__(self, kind, *exception) -> None:
-        self.in_loop = False
-        if kind is None and self.exit_code:  # it came after the last question: during the last evaluation or save
-            raise Interrupted(self.exit_code)
-
-    def __call__(self, step: int) -> int:
-        """The exit code if the run should save and stop after `step`, else 0."""
-        if self.processes > 1:
-            from jax.experimental import multihost_utils
-
-            return 143 if multihost_utils.reached_preemption_sync_point(step) else 0
-        return self.exit_code
-
-
-def _hide_stopped_reads(hooked, shown=sys.unraisablehook) -> None:
-    """Orbax stops at the first read that fails; the reads beside it end later and find its event loop closed."""
-    if not (isinstance(hooked.exc_value, RuntimeError) and str(hooked.exc_value) == "Event loop is closed"):
-        shown(hooked)
-
-
 def _code_digest() -> str:
     """Changes with any file of this package."""
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()
 
 
+def train(argv: Sequence[str], stop: StopSignal) -> int:
+    """Runs the command line `argv`; returns the exit code. Raises DpojaxError for what a user can mend."""
+    spec, workdir, overrides, wants_help, profile_steps, allow_code = parse(argv)
+    if wants_help:
+        print(USAGE)
+        if not spec:
+            return 0
+    # Imported late, so that --help answers at once.
+    from dpojax.config import apply_override, from_config_dict, load_config_file
+
+    values = load_config_file(spec, allow_code=allow_code, overridden=overrides)
+    if wants_help:
+        from dpojax.explain import settings_help
+
+        print(settings_help(values))
+        return 0
+    for key, text in overrides.items():
+        apply_override(values, key, text)
+    config = from_config_dict(values, overridden=frozenset(overrides))
+    folder = make_workdir(workdir, spec)
+    join_run([config])
+    import jax
+
+    from dpojax.lock import locked_workdir
+    from dpojax.run import run
+
+    stop.processes = jax.process_count()
+    with locked_workdir(folder):
+        run(config, folder, stop, profile_steps=profile_steps)
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit code."""
-    wants_help = False
-    sys.unraisablehook = _hide_stopped_reads
-    try:
-        spec, workdir, overrides, wants_help, profile_steps, allow_code = parse(argv)
-        if wants_help:
-            print(USAGE)
-            if not spec:
-                return 0
-        # Imported late, so that --help answers at once.
-        from dpojax.config import apply_override, from_config_dict, load_config_file
-
-        values = load_config_file(spec, allow_code=allow_code, overridden=overrides)
-        if wants_help:
-            from dpojax.explain import settings_help
-
-            print(settings_help(values))
-            return 0
-        for key, text in overrides.items():
-            apply_override(values, key, text)
-        config = from_config_dict(values, overridden=frozenset(overrides))
-        folder = make_workdir(workdir, spec)
-        join_run([config])
-        import jax
-
-        from dpojax.run import run
-
-        try:
-            run(config, folder, StopSignal(jax.process_count()), profile_steps=profile_steps)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise FitError(
-                f"the devices' memory is full: {str(error).splitlines()[0]:.400}; lower data.micro_batch_tokens or "
-                "model.logps_chunk_tokens, set model.remat=full, or spread the parameters (mesh.fsdp, mesh.tensor)"
-            ) from error
-        return 0
-    except Interrupted as stopped:
-        return stopped.exit_code
-    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
-        sys.stdout = None
-        return 0 if wants_help else 1
-    except DpojaxError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("DPOJAX_TRACEBACK"):
-            traceback.print_exc()
-        return error.exit_code
+    return run_command(functools.partial(train, argv))
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if code == CheckpointError.exit_code and not launcher(os.environ):
-        # Reads of a damaged checkpoint that end while Python shuts down pass by the hook: leave without that.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(main(sys.argv[1:]))

@@ -32,11 +32,12 @@ import numpy as np
 
 from dpojax import sharding
 from dpojax.collectives import BETWEEN, Traffic, collective_traffic
+from dpojax.command import leave, run_command
 from dpojax.config import Config, apply_override, from_config_dict, load_config_file, resolved_mode, with_limits, with_steps
 from dpojax.data.lengths import QUANTILES, draw_lengths
 from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.data.pipeline import Lengths, Steps
-from dpojax.errors import ConfigError, DpojaxError, FitError
+from dpojax.errors import ConfigError, FitError
 from dpojax.flags import Parser, did_you_mean
 from dpojax.flops import forward_flops, layer_work
 from dpojax.job import Job
@@ -516,50 +517,51 @@ def parser() -> Parser:
     return made
 
 
+def plan_command(argv: Sequence[str], stop: Any = None) -> int:
+    """Runs the command line; returns the exit code. Raises DpojaxError for what a user can mend."""
+    args, rest = parser().parse_known_args(argv)
+    overrides = {}
+    for flag in rest:
+        name, equals, text = flag.partition("=")
+        if not name.startswith("--config.") or not equals:
+            near = parser().nearest(name)
+            raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE{near}")
+        overrides[name.removeprefix("--config.")] = text
+    values = load_config_file(args.config, allow_code=args.allow_code, overridden=overrides)
+    for key, text in overrides.items():
+        apply_override(values, key, text)
+    config = from_config_dict(values, overridden=frozenset(overrides))
+    if args.lengths not in (*QUANTILES, "full"):
+        near = did_you_mean(args.lengths, (*QUANTILES, "full"))
+        raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full{near}")
+    topology = open_topology(args.topology, args.num_slices)
+    if args.table:
+        batches = [int(b) for b in args.batches.split(",")] if args.batches else [config.batch_size, 2 * config.batch_size]
+        cells = table_settings(config, args.modes.split(","), args.remats.split(","), batches)
+        found: Any = make_table(values, topology, args.lengths, cells)
+        fitting = [r for r in found if r["fits"]]
+        if not fitting:
+            raise FitError(f"{args.topology}: nothing of the grid fits; {ADVICE}")
+        best = max(fitting, key=lambda r: (r["batch_size"], r["pairs_per_second"]))
+        say(
+            f"\nthe largest that fits: {best['batch_size']:,} pairs, reference {best['reference']}, remat {best['remat']} "
+            f"({best['hbm_gib']:.2f} GiB, {best['pairs_per_second']:,.0f} pairs/s at the roofline)"
+        )
+    else:
+        say(
+            f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ..."
+        )
+        plan = make_plan(config, topology, args.lengths, hlo=args.hlo)
+        show(plan, config)
+        found = plan_json(plan)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    args, rest = parser().parse_known_args(argv)
-    try:
-        overrides = {}
-        for flag in rest:
-            name, equals, text = flag.partition("=")
-            if not name.startswith("--config.") or not equals:
-                near = parser().nearest(name)
-                raise ConfigError(f"{flag!r} is not understood; settings are changed by --config.KEY=VALUE{near}")
-            overrides[name.removeprefix("--config.")] = text
-        values = load_config_file(args.config, allow_code=args.allow_code, overridden=overrides)
-        for key, text in overrides.items():
-            apply_override(values, key, text)
-        config = from_config_dict(values, overridden=frozenset(overrides))
-        if args.lengths not in (*QUANTILES, "full"):
-            near = did_you_mean(args.lengths, (*QUANTILES, "full"))
-            raise ConfigError(f"--lengths={args.lengths!r}: they are {', '.join(QUANTILES)}, full{near}")
-        topology = open_topology(args.topology, args.num_slices)
-        if args.table:
-            batches = [int(b) for b in args.batches.split(",")] if args.batches else [config.batch_size, 2 * config.batch_size]
-            cells = table_settings(config, args.modes.split(","), args.remats.split(","), batches)
-            found: Any = make_table(values, topology, args.lengths, cells)
-            fitting = [r for r in found if r["fits"]]
-            if not fitting:
-                raise FitError(f"{args.topology}: nothing of the grid fits; {ADVICE}")
-            best = max(fitting, key=lambda r: (r["batch_size"], r["pairs_per_second"]))
-            say(
-                f"\nthe largest that fits: {best['batch_size']:,} pairs, reference {best['reference']}, remat {best['remat']} "
-                f"({best['hbm_gib']:.2f} GiB, {best['pairs_per_second']:,.0f} pairs/s at the roofline)"
-            )
-        else:
-            say(
-                f"{args.config}: {num_params(planned_model(config)) / 1e9:.2f}B parameters, lengths of {args.lengths}; compiling ..."
-            )
-            plan = make_plan(config, topology, args.lengths, hlo=args.hlo)
-            show(plan, config)
-            found = plan_json(plan)
-        if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    except DpojaxError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    return run_command(functools.partial(plan_command, argv))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -570,4 +572,4 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

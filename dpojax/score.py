@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dpojax import reference, sharding
+from dpojax.command import leave
 from dpojax.data.index import Dataset, Index, build_index
 from dpojax.data.pipeline import PackGroups, make_shape
 from dpojax.data.sources import open_sources
@@ -190,4 +191,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

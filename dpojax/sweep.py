@@ -8,6 +8,7 @@ rounding. What may differ: loss.* (not objectives that couple a batch's pairs), 
 and their dropout (--config.data.seed fixes the data's). The same command goes on from the last checkpoint.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,12 +30,14 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax import evaluate, sharding
 from dpojax.checkpoint import Checkpoints
+from dpojax.command import StopSignal, leave, run_command
 from dpojax.config import Config, apply_override, from_config_dict, load_config_file, setting_kinds
 from dpojax.data.pipeline import eval_batches
-from dpojax.errors import ConfigError, DpojaxError, Interrupted
+from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.job import Job, Stop
-from dpojax.main import StopSignal, join_run, known_flags, make_workdir
+from dpojax.lock import locked_workdir
+from dpojax.main import join_run, known_flags, make_workdir
 from dpojax.metrics import MetricsLog, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_inputs, open_run, write_settings
@@ -406,48 +409,51 @@ def _unknown_flag(name: str, value: str) -> str:
     return f"flag --{name} is unknown; --sweep.KEY=A,B names what differs; {known_flags(name, FLAGS)}"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit code."""
+def sweep(argv: Sequence[str], stop: StopSignal) -> int:
+    """Runs the command line; returns the exit code. Raises DpojaxError for what a user can mend."""
     if not argv or {"--help", "-h"} & set(argv):
         print(f"{__doc__}\n--together=auto|vmap|loop says whether the runs of a step are computed side by side.")
         return 0
-    try:
-        spec, workdir, together, overrides, grid, allow_code = "", None, "auto", {}, {}, False
-        for name, value in _flags(argv):
-            if name == "config":
-                spec = value
-            elif name == "workdir":
-                workdir = value
-            elif name == "allow_code" and not value:
-                allow_code = True
-            elif name == "together" and value in ("auto", "vmap", "loop"):
-                together = value
-            elif name.startswith("config."):
-                overrides[name.removeprefix("config.")] = value
-            elif name.startswith("sweep."):
-                grid[name.removeprefix("sweep.")] = value.split(",")
-            else:
-                raise ConfigError(_unknown_flag(name, value))
-        if not spec or not grid:
-            raise ConfigError("--config=FILE and at least one --sweep.KEY=A,B are needed")
-        values = load_config_file(spec, allow_code=allow_code, overridden={**overrides, **grid})
-        for key, text in overrides.items():
-            apply_override(values, key, text)
-        runs = combinations(values, grid, frozenset(overrides))
-        folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
-        join_run(list(runs.values()))
-        found = run_sweep(runs, folder, StopSignal(jax.process_count()), together=together)
-        table = results_table(found)
-        if jax.process_index() == 0:
-            say(f"\n{table}")
-            write_table(folder / "sweep.md", table)
-    except Interrupted as stopped:
-        return stopped.exit_code
-    except DpojaxError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    spec, workdir, together, overrides, grid, allow_code = "", None, "auto", {}, {}, False
+    for name, value in _flags(argv):
+        if name == "config":
+            spec = value
+        elif name == "workdir":
+            workdir = value
+        elif name == "allow_code" and not value:
+            allow_code = True
+        elif name == "together" and value in ("auto", "vmap", "loop"):
+            together = value
+        elif name.startswith("config."):
+            overrides[name.removeprefix("config.")] = value
+        elif name.startswith("sweep."):
+            grid[name.removeprefix("sweep.")] = value.split(",")
+        else:
+            raise ConfigError(_unknown_flag(name, value))
+    if not spec or not grid:
+        raise ConfigError("--config=FILE and at least one --sweep.KEY=A,B are needed")
+    values = load_config_file(spec, allow_code=allow_code, overridden={**overrides, **grid})
+    for key, text in overrides.items():
+        apply_override(values, key, text)
+    runs = combinations(values, grid, frozenset(overrides))
+    folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
+    join_run(list(runs.values()))
+    stop.processes = jax.process_count()
+    with contextlib.ExitStack() as locks:
+        for place in (folder, *(folder / name for name in runs)):
+            locks.enter_context(locked_workdir(place))
+        found = run_sweep(runs, folder, stop, together=together)
+    table = results_table(found)
+    if jax.process_index() == 0:
+        say(f"\n{table}")
+        write_table(folder / "sweep.md", table)
     return 0
 
 
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_command(functools.partial(sweep, argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""One run at a time in a workdir: a lock of the kernel's, which ends with its process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpojax.errors import ConfigError
+from dpojax.metrics import say
+
+FILE = ".lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def _holder(path: pathlib.Path) -> str:
+    """Who wrote the lock's file last, as text."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")[:2000]
+        told = json.loads(text)
+        return f"process {told['process']} on {told['host']}, since {told['since']}: {told['command']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its lock does not say which"
+
+
+def _open(path: pathlib.Path) -> int:
+    """The lock's file, opened and locked. Raises OSError, of _TAKEN where another process holds it."""
+    # Not through a link, and not at a pipe, where opening waits for a reader.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        handle = os.open(path, flags, 0o644)
+        try:
+            # A lock of POSIX's belongs to this process alone: what it forks off does not keep it after a kill.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)  # the run that held it has just removed the file
+
+
+def _take(folder: pathlib.Path) -> tuple[int | None, str]:
+    """(the lock, "") or (None, who holds it); (None, "") where the file system has no locks."""
+    path = folder / FILE
+    try:
+        handle = _open(path)
+    except OSError as error:
+        if error.errno in _TAKEN and path.is_file():
+            return None, _holder(path)
+        if error.errno in _WITHOUT_LOCKS:
+            say(f"warning: {folder}: its file system has no locks ({error.strerror}); start no other run there")
+            return None, ""
+        raise
+    told = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": " ".join(sys.argv)[:500],
+    }
+    with contextlib.suppress(OSError):  # on a full disk the lock holds, and does not say whose it is
+        os.ftruncate(handle, 0)
+        os.write(handle, (json.dumps(told) + "\n").encode())
+    return handle, ""
+
+
+@contextlib.contextmanager
+def locked_workdir(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this run; its processes, on however many hosts, hold it together through the first of them.
+
+    Raises: ConfigError in every process, saying who holds it, if another run does.
+    """
+    handle, holder = None, ""
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, holder = _take(folder)
+        except OSError as error:
+            holder = f"its lock {folder / FILE} cannot be written: {error.strerror or error}"
+    taken = bool(holder)
+    if jax.process_count() > 1:
+        taken = bool(multihost_utils.broadcast_one_to_all(np.asarray(taken)))
+    if taken:
+        raise ConfigError(
+            f"--workdir={str(folder)!r}: another run is using it ({holder or 'as process 0 says'}); wait for it, or name another"
+        )
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                (folder / FILE).unlink()
+            os.close(handle)
