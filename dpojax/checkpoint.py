@@ -5,7 +5,8 @@ and keys only), so every checkpoint carries what is needed to refuse them.
 
 Resume order:
   1. the newest committed step (a folder named by an integer that holds Orbax's commit file);
-  2. its `meta`: step, config, fingerprints, model, checksums;
+  2. its `meta`: step, config, fingerprints, model, checksums, and the digest of all that; a folder that is a copy
+     under another number, or holds a symbolic link, is refused;
   3. every leaf's shape and dtype, then every fingerprint, is compared with this run's; a difference is refused
      unless it is allowed;
   4. `state` is restored into this run's shardings, whatever mesh it was saved from;
@@ -129,7 +130,7 @@ class Checkpoints:
         The arrays are copied to the host before it returns; writing goes on in the background.
         Raises: CheckpointError after MAX_FAILED_SAVES failures in a row.
         """
-        meta = {**meta, "step": step, "checksums": checksums(state)}
+        meta = sealed({**meta, "step": step, "checksums": checksums(state)})
         trouble = self.wait()
         if step in self.steps():
             return trouble
@@ -160,11 +161,20 @@ class Checkpoints:
         return message
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` of a step. Raises CheckpointError if it cannot be read."""
+        """The `meta` of a step. Raises CheckpointError if it cannot be read, changed on disk, or belongs to another step."""
+        folder = self.folder / str(step)
+        link = next((p for p in (folder, *folder.rglob("*")) if p.is_symlink()), None)
+        if link is not None:
+            raise CheckpointError(f"{folder}: {link.name} is a symbolic link; a checkpoint holds none{self._fallback(step)}")
         try:
-            return self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+            meta = self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
         except Exception as error:
             raise self._damaged(step, error) from error
+        if not isinstance(meta, dict) or meta.get("digest") != sealed(meta)["digest"]:
+            raise CheckpointError(f"{folder}: the bytes of its meta changed on disk{self._fallback(step)}")
+        if meta["step"] != step:
+            raise CheckpointError(f"{folder}: it is a copy of step {meta['step']} under another number{self._fallback(step)}")
+        return meta
 
     def restore(self, step: int, abstract: Any, meta: dict[str, Any]) -> Any:
         """The state of a step in the shardings and dtypes of `abstract`, a tree of ShapeDtypeStructs.
@@ -173,6 +183,12 @@ class Checkpoints:
           to fall back to.
         """
         saved = self._saved(step)
+        own = {_path(p) for p, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+        if extra := sorted(set(saved) - own):
+            raise CheckpointError(
+                f"{self.folder / str(step)}: it holds {extra[0]}, which this run does not have; use the model and optimizer of that "
+                "run, or another --workdir"
+            )
         as_saved = jax.tree_util.tree_map_with_path(
             lambda p, x: jax.ShapeDtypeStruct(x.shape, saved[_path(p)].dtype, sharding=x.sharding), abstract
         )
@@ -279,6 +295,20 @@ class Checkpoints:
         self._open()  # Orbax remembers the steps that it found
         return list(names.values())
 
+    def remove_half_deleted(self) -> list[str]:
+        """Removes the steps that a kill left half deleted.
+
+        Returns: their names. Process 0 removes them.
+        """
+        newest = max(self.steps(), default=None)
+        names = [p.name for p in self.folder.iterdir() if _is_half_deleted(p, newest)]
+        multihost_utils.sync_global_devices("all processes have looked for half-deleted checkpoints")
+        if jax.process_index() == 0:
+            for name in names:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.strays = [name for name in self.strays if name not in names]
+        return names
+
     def close(self) -> None:
         """Waits for the last save and releases Orbax's threads."""
         self._checkpointer.close()
@@ -288,6 +318,27 @@ def _path(path: tuple) -> str:
     """A leaf's place as text, the same for a tree of ours and for the one that Orbax describes."""
     name = lambda entry: next(str(getattr(entry, a)) for a in ("key", "name", "idx") if hasattr(entry, a))
     return "/".join(map(name, path))
+
+
+_PARTS = {"state", "meta", "_CHECKPOINT_METADATA", COMMITTED}
+
+
+def _is_half_deleted(folder: pathlib.Path, newest: int | None) -> bool:
+    """Whether a folder is what a deletion of a step leaves when it is cut off: parts of a checkpoint alone, and not all.
+
+    Args:
+      newest: the newest committed step, which nobody deletes: where it lacks a part, it is damaged.
+    """
+    if not folder.name.isdigit() or folder.is_symlink() or not folder.is_dir() or int(folder.name) == newest:
+        return False
+    names = {p.name for p in folder.iterdir()}
+    return bool(names) and names < _PARTS
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` as it is read back from disk, with a digest of everything in it."""
+    plain = json.loads(json.dumps({k: v for k, v in meta.items() if k != "digest"}))
+    return {**plain, "digest": digest(plain)}
 
 
 def committed_steps(folder: pathlib.Path) -> list[int]:

@@ -17,6 +17,7 @@ from dpojax import sharding
 from dpojax.config import Config
 from dpojax.errors import ConfigError
 from dpojax.metrics import MetricsLog, Progress, say
+from dpojax.plain_data import check_output
 from dpojax.programs import Program, news
 
 
@@ -84,7 +85,7 @@ class Job:
         if not self.main_process:
             return
         if self.committed:
-            change()
+            self._make(change)
         else:
             self._deferred.append(change)
 
@@ -93,7 +94,16 @@ class Job:
         self.committed = True
         waiting, self._deferred = self._deferred, []
         for change in waiting:
+            self._make(change)
+
+    def _make(self, change: Callable[[], None]) -> None:
+        """Makes a change; one that the disk has no room for stops nothing."""
+        try:
             change()
+        except OSError as error:
+            self.say(
+                f"warning: {error.filename or self.workdir} cannot be written ({error.strerror or error}); the run goes on"
+            )
 
     def write_file(self, name: str, text: str, *, append: bool = False) -> None:
         """Writes a file of the workdir from process 0, whole or not at all; one that cannot be written stops nothing.
@@ -104,12 +114,14 @@ class Job:
 
     def _write_file(self, name: str, text: str, *, append: bool) -> None:
         path = self.workdir / name
+        temporary = path.with_name(path.name + ".tmp")
         try:
+            for place in (path, temporary):
+                check_output(place)
             if append:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(text)
             else:
-                temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text(text, encoding="utf-8")
                 temporary.replace(path)
         except OSError as error:

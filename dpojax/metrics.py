@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpojax.plain_data import parse_json
+from dpojax.plain_data import check_output, parse_json
 
 
 def _summary_writer(folder: pathlib.Path) -> Any:
@@ -27,8 +27,13 @@ def _summary_writer(folder: pathlib.Path) -> Any:
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(message, flush=True)
+    """One line for the person at the terminal; where it goes to a full disk, it is lost."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def finite_json(value: Any, *, indent: int | None = None) -> str:
@@ -58,7 +63,7 @@ class MetricsLog:
         """All rows so far; a last line that was cut off by a kill is left out."""
         rows = []
         if self.path.is_file():
-            for line in self.path.read_text(errors="replace").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     row = parse_json(line)
                 except ValueError:
@@ -74,7 +79,8 @@ class MetricsLog:
         kept = [r for r in self.rows() if r["step"] <= (sft_step if "sft_loss" in r else step)]
         temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            check_output(temporary)
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             temporary.replace(self.path)
         except OSError as error:
             self._complain(error)
@@ -85,7 +91,8 @@ class MetricsLog:
             return
         row = {"step": step, **{k: float(v) for k, v in scalars.items()}}
         try:
-            with self.path.open("a") as file:
+            check_output(self.path)
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(finite_json(row) + "\n")
             if self._board is None:
                 self._board = _summary_writer(self.path.parent / "tensorboard")

@@ -4,6 +4,7 @@ Every JSON file and every line of one is read by `parse_json`: its size, depth, 
 before anything is made of it. Every number of a setting, a flag or a column passes `number_fault`.
 """
 
+import errno
 import json
 import math
 import os
@@ -183,6 +184,12 @@ def read_text(path: pathlib.Path, *, error: type[DpojaxError] = ConfigError) -> 
         return read_bytes(path, error=error).decode("utf-8")
     except UnicodeDecodeError as cause:
         raise error(f"{path}: not UTF-8 text: {cause}") from cause
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Raises OSError where no plain file can be put: a pipe would wait for a reader, a device would be replaced."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "a folder, a pipe or a device lies there", str(path))
 
 
 def memory_bytes() -> int:

@@ -24,6 +24,7 @@ from dpojax.datasets import Data
 from dpojax.errors import DataError, NumericsError
 from dpojax.job import Job, everywhere
 from dpojax.models.quantise import store_as
+from dpojax.plain_data import check_output
 from dpojax.policy import Policy, frozen_layout
 from dpojax.selfcheck import LAYOUT_BOUND
 from dpojax.stages import packer
@@ -171,7 +172,7 @@ def load(path: pathlib.Path, index: Index) -> np.ndarray | None:
     """The values of a stored cache, or None if there is none, or it is truncated, altered or not finite."""
     try:
         values = np.load(path, allow_pickle=False)
-        digest = path.with_suffix(".sha256").read_text()
+        digest = path.with_suffix(".sha256").read_text(encoding="utf-8")
     except (OSError, ValueError, EOFError):
         return None
     whole = values.shape == (int(index.response_lengths.sum()),) and values.dtype == np.float32
@@ -183,8 +184,9 @@ def load(path: pathlib.Path, index: Index) -> np.ndarray | None:
 def store(path: pathlib.Path, values: np.ndarray) -> None:
     """Writes a cache whole or not at all, also with two writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     digest = path.with_suffix(f".{os.getpid()}.tmp")
-    digest.write_text(hashlib.sha256(values.tobytes()).hexdigest())
+    digest.write_text(hashlib.sha256(values.tobytes()).hexdigest(), encoding="utf-8")
     digest.replace(path.with_suffix(".sha256"))
     temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
     np.save(temporary, values)

@@ -342,6 +342,8 @@ def resumable_step(checkpoints: Checkpoints, *, wanted: int, num_steps: int, set
 
 
 def _resumable(job: Job, stage: Stage) -> int | None:
+    if removed := stage.checkpoints.remove_half_deleted():
+        job.say(f"{stage.checkpoints.folder}: removed what was left of deleted checkpoints: {', '.join(removed)}")
     wanted = job.config.checkpoint.restore_step if stage.name == "DPO" else -1
     setting = "num_steps" if stage.name == "DPO" else "sft.num_steps"
     return resumable_step(stage.checkpoints, wanted=wanted, num_steps=stage.num_steps, setting=setting)
@@ -366,6 +368,7 @@ def check_workdir(job: Job, prints: dict[str, Any]) -> int | None:
         if step is None:
             return None
         meta = checkpoints.meta(step)
+        check_optimizer(c, checkpoints, meta)
     finally:
         checkpoints.close()
     allowed = c.checkpoint.allowed()
@@ -401,6 +404,16 @@ def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
     stage.meta["changed"] = [*meta.get("changed", []), *now]
 
 
+def check_optimizer(config: Config, checkpoints: Checkpoints, meta: dict[str, Any]) -> None:
+    """Raises CheckpointError where the checkpoint holds another optimizer's state."""
+    then, now = meta["config"]["optim"]["name"], config.optim.name
+    if then != now:
+        raise CheckpointError(
+            f"{checkpoints.folder / str(meta['step'])}: made with another optimizer: optim.name was {then!r} then, is {now!r} "
+            f"now, and takes none of its state; set --config.optim.name={then}, or another --workdir"
+        )
+
+
 def start_state(job: Job, stage: Stage, params: Any, make_state, policy: Policy, *, moving_ref: Any = None) -> TrainState:
     """The stage's newest checkpoint, or step 0 from `params`, which are given up: the state takes their memory.
 
@@ -417,6 +430,7 @@ def start_state(job: Job, stage: Stage, params: Any, make_state, policy: Policy,
         return start(params, moving_ref)
     jax.tree.map(lambda x: x.delete(), (params, moving_ref))
     meta = stage.checkpoints.meta(step)
+    check_optimizer(job.config, stage.checkpoints, meta)
     stage.checkpoints.compare_shapes(step, abstract, cast="dtype" in job.config.checkpoint.allowed())
     check_origin(job, stage, meta)
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

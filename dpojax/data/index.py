@@ -23,6 +23,7 @@ from dpojax.data.records import Records, Row
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
+from dpojax.plain_data import check_output
 from dpojax.sandbox import SandboxError, spread
 
 MANY_ROWS = 1000  # of these on, several processes read: each takes a second to start
@@ -373,6 +374,7 @@ def load_or_build_index(
 
 def _store(index: Index, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
     texts = json.dumps([index.counts, index.bad, index.dropped])
     np.savez(temporary, **{name: getattr(index, name) for name in STORED_ARRAYS}, texts=texts)

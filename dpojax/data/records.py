@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,29 +67,48 @@ def _unpack(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
+def _line_places(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(where the lines start, where they end, their first bytes), of the bytes that the parts hold one after another."""
+    starts, ends, firsts, place, begins = [], [], [], 0, True
+    for part in parts:
+        breaks = np.flatnonzero(part == ord("\n"))
+        first = np.concatenate([[0] if begins else [], breaks + 1]).astype(np.int64)
+        first = first[first < part.size]
+        starts.append(first + place)
+        firsts.append(part[first])
+        ends.append(breaks + place)
+        begins = part.size > 0 and part[-1] == ord("\n")
+        place += part.size
+    if place and not begins:
+        ends.append(np.array([place]))
+    whole = lambda arrays, kind: np.concatenate([np.zeros(0, kind), *arrays]).astype(kind)
+    return whole(starts, np.int64), whole(ends, np.int64), whole(firsts, np.uint8)
+
+
 class _Lines:
-    """Random access to the non-blank lines of a bytes-like object; picklable for worker processes."""
+    """Random access to the non-blank lines of a file; picklable for worker processes.
+
+    The file is read and not mapped: a mapped one that gets shorter during the run would end the process (SIGBUS).
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._load()
 
     def _load(self):
+        self.data: np.ndarray | None = None  # what a .gz file unpacks to
         try:
             if self.path.suffix.lower() == ".gz":
                 self.data = _unpack(self.path)
+                parts = iter([self.data])
             else:
-                empty = self.path.stat().st_size == 0
-                self.data = np.zeros(0, np.uint8) if empty else np.memmap(self.path, np.uint8, mode="r")
+                self.file = self.path.open("rb")
+                parts = (np.frombuffer(part, np.uint8) for part in iter(lambda: self.file.read(2**24), b""))
+            self.starts, self.ends, firsts = _line_places(parts)
         except (OSError, EOFError, zlib.error, MemoryError) as error:
             raise DataError(f"{self.path}: cannot be read: {error or 'it does not fit the memory'}") from error
-        ends = np.flatnonzero(self.data == ord("\n"))
-        self.ends = ends if self.data.size == 0 or self.data[-1] == ord("\n") else np.append(ends, self.data.size)
-        self.starts = np.concatenate([[0], self.ends[:-1] + 1]) if self.ends.size else self.ends
         # A line that is not blank starts with a brace: the others, few, are looked at.
-        starts = np.minimum(self.starts, max(0, self.data.size - 1))
-        unusual = np.flatnonzero(self.data[starts] != ord("{")) if self.starts.size else self.starts
-        blank = [i for i in unusual if self._is_blank(i)]
+        blank = [i for i in np.flatnonzero(firsts != ord("{")) if self._is_blank(i)]
         self.numbers = np.delete(np.arange(self.ends.size), blank)
 
     def _is_blank(self, i: int) -> bool:
@@ -98,7 +118,13 @@ class _Lines:
         return not self.line(i).removeprefix(MARK).decode("utf-8", errors="replace").strip()
 
     def line(self, i) -> bytes:
-        return self.data[self.starts[i] : self.ends[i]].tobytes()
+        start, end = int(self.starts[i]), int(self.ends[i])
+        if self.data is not None:
+            return self.data[start:end].tobytes()
+        line = os.pread(self.file.fileno(), min(end - start, MAX_LINE_BYTES + 1), start)  # a longer one is refused
+        if len(line) < min(end - start, MAX_LINE_BYTES + 1):
+            raise DataError(f"{self.path.name}:{i + 1}: the file got shorter since it was opened; start again when it is whole")
+        return line
 
     def __getstate__(self):
         return {"path": self.path}
@@ -165,7 +191,7 @@ def _read_table(path: pathlib.Path):
     """A Parquet file as a table, a batch of rows at a time. Raises DataError where it unpacks to more than memory holds."""
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+    file = pyarrow.parquet.ParquetFile(path)  # not mapped: a file that gets shorter would end the process
     names = file.schema_arrow.names
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
