@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from dpojax import sampling, sharding
 from dpojax.command import leave
 from dpojax.config import unescape
+from dpojax.data.prompts import Prompt, PromptReader
 from dpojax.data.sources import open_sources
-from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids, stop_ids
-from dpojax.data.triples import DROPPED, Dropped, read_messages, write_prompt
+from dpojax.data.tokens import Tokenizer, stop_ids
 from dpojax.data.written import Writing
-from dpojax.errors import ConfigError, DataError, NumericsError
+from dpojax.errors import ConfigError, NumericsError
 from dpojax.flags import Parser
 from dpojax.inference import (
     Loaded,
@@ -62,62 +62,17 @@ def parser() -> Parser:
     return made
 
 
-class Prompt(NamedTuple):
-    """A row and its prompt as ids."""
-
-    row: dict[str, Any]
-    ids: list[int]
-
-
-def read_prompt(row: dict, where: str, text: Text) -> Prompt:
-    """A row's prompt. Raises DataError naming the column that is wrong."""
-    row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one
-    given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
-    tokenizer, chat, writing = text
-    assert tokenizer is not None
-    limit = writing.max_prompt_tokens or sys.maxsize
-    if "prompt_ids" in row:
-        if not isinstance(given, list) or not given or not all(type(i) is int and i >= 0 for i in given):
-            raise DataError(f"{where}: column 'prompt_ids' is {given!r:.60}; it must be a list of token ids")
-        return Prompt(row, given[-limit:])
-    if isinstance(given, str) and writing.text_as_chat:
-        given = [{"role": "user", "content": given}]
-    if isinstance(given, list):
-        column = "messages" if "messages" in row else "prompt"
-        messages = read_messages(given, column, where)
-        if writing.prompt_template:
-            written = write_prompt(messages, row, None, where, writing.prompt_template).prompt
-            return Prompt(row, prompt_ids(written, tokenizer, limit)[0])
-        if chat is None:
-            raise DataError(
-                f"{where}: the prompt is a dialogue, and the tokenizer has no chat template; name one: --chat_template"
-            )
-        try:
-            group = write_prompt(messages, row, chat, where)
-        except Dropped as verdict:
-            raise DataError(f"{where}: {DROPPED[verdict.reason]}") from verdict
-        try:
-            return Prompt(row, chat_prompt(group, tokenizer, limit).ids)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-    if not isinstance(given, str) or not given:
-        raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
-    written = writing.prompt_template.format(prompt=given) if writing.prompt_template else given
-    ids = prompt_ids(written, tokenizer, limit)[0]
-    if not ids:
-        raise DataError(f"{where}: column 'prompt' is {given!r:.60}, which the tokenizer reads as no token at all")
-    return Prompt(row, ids)
-
-
 def read_prompts(args, text: Text) -> list[Prompt]:
     """All prompts. Raises ConfigError or DataError for the first that cannot be read."""
     if bool(args.prompts) == bool(args.prompt):
         raise ConfigError("name one of --prompts=FILE and --prompt=TEXT")
+    assert text.tokenizer is not None
+    reader = PromptReader(text.tokenizer, text.chat, text.writing)
     if args.prompt:
-        return [read_prompt({"prompt": unescape(args.prompt)}, "--prompt", text)]
+        return reader.read_all([({"prompt": unescape(args.prompt)}, "--prompt")])
     records = open_sources(args.prompts, "--prompts")
     count = min(records.size, args.limit or records.size)
-    return [read_prompt(records.get(i), records.where(i), text) for i in range(count)]
+    return reader.read_all((records.get(i), records.where(i)) for i in range(count))
 
 
 def check_settings(args) -> None:

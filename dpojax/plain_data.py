@@ -186,6 +186,12 @@ def read_text(path: pathlib.Path, *, error: type[DpojaxError] = ConfigError) -> 
         raise error(f"{path}: not UTF-8 text: {cause}") from cause
 
 
+def first_match(both: tuple[tuple[str, ...], str]) -> str | None:
+    """The first of the regular expressions that a dotted name ends with, or None: (patterns, name). For the sandbox."""
+    patterns, name = both
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+
+
 def check_output(path: pathlib.Path) -> None:
     """Raises OSError where no plain file can be put: a pipe would wait for a reader, a device would be replaced."""
     if path.exists() and not path.is_file():

@@ -7,13 +7,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from dpojax import audit, generate
+from dpojax import audit
 from dpojax.data.chat import ChatTemplate
+from dpojax.data.prompts import PromptReader
 from dpojax.data.tokens import Limits, chat_template, load_tokenizer, tokenize
 from dpojax.data.triples import Dropped, RowReader
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, DataError
-from dpojax.inference import Text
 
 # It writes every field that a message may hold, and what it sees beside the messages.
 SEEING = (
@@ -60,8 +60,8 @@ def test_every_field_reaches_the_template_in_every_command(message, shown, tmp_p
     assert shown in texts[0] and len(set(texts)) == 1
     save_tokenizer(tmp_path, "first")
     tokenizer = load_tokenizer(str(tmp_path))
-    text = Text(tokenizer, ChatTemplate(SEEING), Writing())
-    found = generate.read_prompt({"messages": prompt}, "rows:1", text)
+    reader = PromptReader(tokenizer, ChatTemplate(SEEING), Writing())
+    (found,) = reader.read_all([({"messages": prompt}, "rows:1")])
     assert found.ids == tokenizer.encode_chat(texts[0])[0]
 
 

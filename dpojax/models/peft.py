@@ -13,13 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax import sandbox
 from dpojax.errors import ConfigError
 from dpojax.models import hf
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES
 from dpojax.models.lora import LORA_A, LORA_B
 from dpojax.models.table import layer_rows
-from dpojax.plain_data import existing_path, number_fault, read_json
+from dpojax.plain_data import existing_path, first_match, number_fault, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -90,8 +91,8 @@ def _check_pattern(path: pathlib.Path, name: str, pattern: str) -> None:
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with, as PEFT reads rank_pattern and alpha_pattern."""
-    matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
-    return next(matching, default)
+    pattern = _first_match(tuple(patterns or ()), module)
+    return default if pattern is None else (patterns or {})[pattern]
 
 
 def base_folder(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
@@ -173,6 +174,21 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
     """alpha / rank of a module (alpha / sqrt(rank) with use_rslora)."""
     alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _first_match(patterns: tuple[str, ...], module: str) -> str | None:
+    """The first pattern that a module's name ends with, as PEFT looks for it.
+
+    Raises: ConfigError where a pattern, which is a regular expression of the file's, goes past the limits of `dpojax.sandbox`.
+    """
+    if all(re.fullmatch(r"[\w.]*", p) for p in patterns):
+        return first_match((patterns, module))
+    try:
+        return sandbox.call(first_match, (patterns, module))
+    except sandbox.SandboxError as error:
+        raise ConfigError(
+            f"{CONFIG}: a regular expression of its rank_pattern or alpha_pattern, {patterns!r:.80}, {error}"
+        ) from error
 
 
 def export_adapters(adapters: Any, config: ModelConfig, folder: pathlib.Path, *, scale: float, base: str) -> None:
