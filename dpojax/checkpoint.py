@@ -82,7 +82,7 @@ class _CommittedSteps:
         return self._names.build_name(step)
 
     def find_all(self, base_path):
-        return (m for m in self._names.find_all(base_path) if (m.path / COMMITTED).exists())
+        return (m for m in self._names.find_all(base_path) if _is_step(m.path))
 
     def find_step(self, base_path, step):
         found = self._names.find_step(base_path, step)
@@ -341,9 +341,15 @@ def sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "digest": digest(plain)}
 
 
+def _is_step(folder: Any) -> bool:
+    """Whether a folder, of Orbax's or pathlib's kind, was committed, and is no link to another one."""
+    place = pathlib.Path(folder)
+    return (place / COMMITTED).is_file() and not place.is_symlink()
+
+
 def committed_steps(folder: pathlib.Path) -> list[int]:
     """The steps in a checkpoints folder, oldest first: folders named by a number that hold Orbax's commit file."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / COMMITTED).is_file())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_step(p))
 
 
 def newest_step(folder: pathlib.Path) -> pathlib.Path | None:
