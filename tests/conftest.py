@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, and where the shared real data lies (tests skip without it)."""
 
 import atexit
+import collections
 import json
 import os
 import pathlib
@@ -44,6 +45,12 @@ def _checked(self, *args):
 errors.DpojaxError.__init__ = _checked
 
 DATA = pathlib.Path(os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests come first: a long one that starts last would leave the other worker idle."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: a file's own order stays
 
 
 @pytest.fixture
