@@ -49,7 +49,9 @@ def check_finite(results: PairResults, pack: PackGroups) -> None:
     }
     for model, both in logps.items():
         for values in both:
-            bad = [] if values is None else np.flatnonzero(~np.isfinite(values))
+            if values is None:
+                continue
+            bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
                 row = pack.data.records.where(int(results.row_id[bad[0]]))
                 raise NumericsError(

@@ -18,6 +18,7 @@ import dpojax
 from dpojax import checkpoint, evaluate, programs, report, sharding
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import Config, frozen_dtype, to_dict
+from dpojax.data.tokens import copy_companions
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job, Stop
@@ -296,6 +297,7 @@ def _export(job: Job, data: Data, policy: Policy, params, *, adapters: bool) -> 
         base = c.model.init if data.sft is None else str((job.workdir / "sft").resolve())
         if job.main_process:
             peft.export_adapters(whole, policy.config, job.workdir / "adapter", scale=scale, base=base)
+            copy_companions(tokenizer, job.workdir / "adapter")  # the base's may write its text otherwise
         params = jax.jit(lambda tree: lora.merge(tree, policy.config, scale))(params)
     progress = job.progress("export", hf.num_tensors(policy.config), "tensors")
     hf.export_params(

@@ -68,6 +68,19 @@ def test_limits_of_0_are_the_models():
     assert with_limits(configured(), 8192).data == configured().data
 
 
+def test_the_general_config_is_one_epoch_of_preferences_or_sft_alone():
+    own = {"data.train": "a.jsonl", "model.init": "model"}
+    config = configured("configs/dpo.py", **own)
+    assert with_steps(config, 100.0).num_steps == 100 and with_steps(config, 100.0).optim.warmup_steps == 10
+    assert config.sft.num_steps == 0 and config.data.prompt_template == "" and config.data.text_as_chat
+    assert configured("configs/dpo.py", **own, **{"data.eval": "b.jsonl"}).data.eval_share == 0  # a default gives way
+    sft = configured("configs/dpo.py:sft", **own)
+    assert (sft.num_steps, sft.sft.num_steps) == (0, 500)
+    for name in ("zephyr", "tulu3"):
+        recipe = configured(f"configs/recipes.py:{name}", **own).data
+        assert (recipe.prompt_template, recipe.text_as_chat) == ("", True)
+
+
 # --- sources ------------------------------------------------------------------------------------------------------------
 
 
