@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import string
 import sys
@@ -31,6 +32,8 @@ LOGICAL_AXES = (
 CODE_SETTINGS = ("loss.name", "sample.reward")  # whose text may name a function of one's own
 MAY_BE_INFINITE = ("optim.clip_norm", "optim.spike_factor")  # none
 QUANTISED = ("int8", "fp8", "nf4")
+SMALLEST_NORMAL = 1.1754944e-38  # of float32
+LEAST_TEMPERATURE = 1e-6  # logits divided by less leave float32
 STORED = ("", "float32", "bfloat16", *QUANTISED)  # what a frozen tree may be stored in; "": model.param_dtype
 # The moments and eps that each optimizer has, as published or as the common implementations set them: what optim.* means unset.
 OPTIMIZERS: dict[str, dict[str, float]] = {
@@ -377,8 +380,10 @@ def _validate_optimizer(optim: OptimConfig) -> None:
         takes = OPTIMIZERS[optim.name]
         has = f"left unset: {optim.name} has {', '.join(takes) or 'no such settings'}"
         _require(name in takes, f"optim.{name}", value, has)
-        valid = value > 0 if name == "eps" else 0 <= value < 1
-        _require(math.isfinite(value) and valid, f"optim.{name}", value, "> 0" if name == "eps" else "in [0, 1)")
+        if name == "eps":  # below it is 0 on most devices, and a moment of 0 divided by it no number
+            _require(math.isfinite(value) and value >= SMALLEST_NORMAL, "optim.eps", value, f">= {SMALLEST_NORMAL:g}")
+        else:
+            _require(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
 
 
 def _require(test: bool, field: str, value, must: str) -> None:
@@ -453,7 +458,13 @@ def _validate(config: Config) -> None:
         )
     _require(0 <= config.data.max_bad_share <= 1, "data.max_bad_share", config.data.max_bad_share, "in [0, 1]")
     temperature, top_p = config.sample.temperature, config.sample.top_p
-    _require(math.isfinite(temperature) and temperature >= 0, "sample.temperature", temperature, "finite and >= 0")
+    warm = temperature == 0 or temperature >= LEAST_TEMPERATURE
+    must = f"0 (the likeliest token) or finite and at least {LEAST_TEMPERATURE:g}"
+    _require(math.isfinite(temperature) and warm, "sample.temperature", temperature, must)
+    b2 = config.sft.b2
+    _require(b2 is None or 0 <= b2 < 1, "sft.b2", b2, "in [0, 1)")
+    most = 4 * (os.cpu_count() or 1)
+    _require(config.data.workers <= most, "data.workers", config.data.workers, f"at most {most}, 4 for each core here")
     _require(0 < top_p <= 1, "sample.top_p", top_p, "in (0, 1]")
     check_template(config.data.prompt_template)
     for section, rules in {"mesh": config.mesh.rules, "reference": config.reference.rules}.items():
@@ -600,6 +611,34 @@ def _drop_defaults(tree: dict, overridden: frozenset[str]) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain data: what `config.json` holds, and what a later `--config=config.json` reads."""
     return dataclasses.asdict(config)
+
+
+def doubts(config: Config) -> list[str]:
+    """Settings that are legal and cannot do what they say, one sentence each."""
+    c, found = config, []
+    stages = [("optim", c.num_steps, c.optim.warmup_steps), ("sft", c.sft.num_steps, c.sft.warmup_steps)]
+    for section, steps, warmup in stages:
+        if steps and warmup >= steps and warmup > 1:
+            field = "num_steps" if section == "optim" else "sft.num_steps"
+            found.append(f"{section}.warmup_steps={warmup} of {field}={steps}: the rate is still rising at the last step")
+    if c.sample.kl_prompts > c.sample.num_prompts > 0:
+        found.append(f"sample.kl_prompts={c.sample.kl_prompts}: it takes sample.num_prompts={c.sample.num_prompts} at most")
+    if c.sample.num_prompts and c.sample.temperature == 0 and (c.sample.top_k or c.sample.top_p < 1):
+        found.append("sample.top_k and sample.top_p do nothing: sample.temperature=0 takes the likeliest token")
+    if not c.sft.num_steps:
+        if c.sft.data:
+            found.append(f"sft.data={c.sft.data!r} is not read: sft.num_steps=0")
+    elif c.sft.b2 is not None and "b2" not in OPTIMIZERS[c.optim.name]:
+        found.append(f"sft.b2={c.sft.b2} does nothing: {c.optim.name} has no b2")
+    if c.lora.dropout and not c.lora.rank:
+        found.append(f"lora.dropout={c.lora.dropout} does nothing: lora.rank=0")
+    if c.optim.skip_spikes and math.isinf(c.optim.spike_factor):
+        found.append("optim.skip_spikes=True does nothing: optim.spike_factor=inf calls no loss a spike")
+    if resolved_mode(c) in ("none", "adapter") and c.reference.rules:
+        found.append("reference.rules do nothing: there is no reference tree of its own")
+    if resolved_mode(c) == "none" and (c.reference.dtype or c.reference.memory != "device"):
+        found.append("reference.dtype and reference.memory do nothing: there is no reference")
+    return found
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -120,6 +120,12 @@ def open_data(job: Job) -> Data:
     def open_preferences(records: Records, flip: float = 0.0) -> tuple[Dataset, Index]:
         data, index = _open_dataset(job, records, tokenizer, kind=kind, flip=flip)
         _check_pairs(data, index, loss)
+        if loss.unpaired and len(set((index.soft_labels > 0.5).tolist())) == 1:
+            label = "desirable" if index.soft_labels[0] > 0.5 else "undesirable"
+            job.say(
+                f"warning: all responses of {records.name} are {label}: {loss.name} compares both kinds; what is logged of the other "
+                "kind is null"
+            )
         return data, index
 
     # Where nothing is trained on preferences, those that are evaluated stand for the training data.
@@ -201,6 +207,50 @@ def _check_pairs(data: Dataset, index: Index, loss: Loss) -> None:
         raise DataError(
             f"{data.records.name}: column 'soft_label' is not 1 everywhere; {loss.name} compares whole batches and has no soft labels"
         )
+
+
+def _pieces(tokenizer: Tokenizer, count: int) -> list[str | None]:
+    """The text of the ids up to `count`; None where the tokenizer has no such piece."""
+    known = min(count, tokenizer.vocab_size)
+    return [tokenizer.piece(i) for i in range(known)] + [None] * (count - known)
+
+
+def check_shared_tokenizer(
+    tokenizer: Tokenizer | None, path: str, sets: Sequence[tuple[Dataset, Index]], *, setting: str
+) -> None:
+    """Two models can be compared on the same ids where these mean the same text to both.
+
+    Only ids that occur in the rows count: files of one tokenizer differ in their names, formats and unused pieces.
+
+    Args:
+      tokenizer: which the rows are read with; None: they are token ids.
+      path: of the other model. One without a tokenizer beside it is taken at its word.
+      sets: the rows on which they are compared.
+      setting: that names `path`.
+    Raises: ConfigError naming the first row with an id that means something else to the other model.
+    """
+    place = tokenizer_of(path)
+    if tokenizer is None or not place:
+        return
+    other = load_tokenizer(place)
+    count = 1 + max(int(index.largest_id) for _, index in sets)
+    both = zip(_pieces(tokenizer, count), _pieces(other, count), strict=True)
+    differ = np.asarray([i for i, (ours, theirs) in enumerate(both) if ours != theirs], np.int32)
+    if not len(differ):
+        return
+    for data, index in sets:
+        for row in map(int, index.rows):
+            group, _ = data.token_group(row)
+            ids = np.concatenate([group.prompt, *group.responses])
+            foreign = ids[np.isin(ids, differ)]
+            if len(foreign):
+                token = int(foreign[0])
+                theirs = _pieces(other, token + 1)[token]
+                raise ConfigError(
+                    f"{setting}={path!r}: the two models do not share a tokenizer: the id {token} is {tokenizer.piece(token)!r} "
+                    f"here and {theirs!r} in {place}, and {data.records.where(row)} holds it; their log-probs of the same ids are "
+                    "of different texts"
+                )
 
 
 def tokenizer_of(init: str) -> str:

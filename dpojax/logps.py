@@ -111,6 +111,11 @@ def _each_chunk(count, chunk: int, body: Callable[[Any, int, Any], Any], carry: 
     return jax.lax.fori_loop(0, rest, lambda i, carry: body(full * chunk + i * part, part, carry), carry)
 
 
+def fitting_chunk(chunk: int, length: int) -> int:
+    """No more than the scored tokens, rounded up far enough to leave usual chunks as they are: the rest would be padding."""
+    return min(chunk, -(-length // 4096) * 4096)
+
+
 def scores_by_shard(
     unembed: Unembed, spread: Spread | None, head: Any, hidden: Array, ref: Reference | None, *where: Array, settings: tuple
 ) -> TokenScores:
@@ -121,6 +126,7 @@ def scores_by_shard(
       where: predictor, target, count and details of `token_scores`, whose other arguments these are too.
       settings: its chunk, squares and frozen.
     """
+    settings = (fitting_chunk(settings[0], where[1].shape[1]), *settings[1:])
     if spread is None or set(head) != {name for name, _ in spread.specs}:
         return token_scores(unembed, None, head, hidden, ref, *where, *settings)
     rows, own = P(spread.axes), dict(spread.specs)
@@ -256,7 +262,7 @@ token_scores.defvjp(_token_scores_fwd, _token_scores_bwd)
 
 def token_logps(unembed: Unembed, head, hidden, predictor, target, count, chunk: int) -> Float[Array, "A T"]:
     """`token_scores` without anything else."""
-    off = jnp.asarray(False)
+    off, chunk = jnp.asarray(False), fitting_chunk(chunk, target.shape[1])
     scores: TokenScores = token_scores(unembed, None, head, hidden, None, predictor, target, count, off, chunk, False, False)
     return scores.logps
 

@@ -409,6 +409,7 @@ class Objective:
     # (pairs in numpy, settings) -> its value where policy == reference, [B] or a number; None: not known in closed form
     at_reference: Callable[[Any, Settings], Any] | None = None
     margin: Callable[[Pairs, Settings], Array] = lambda x, s: x.h  # what it trains upwards; its sign is its accuracy
+    per_token: bool = False  # its implicit rewards are those of a token, as TRL logs them
     data: str = "pairs"  # or "unpaired"
     reference: str = "any"  # "none": not used; "live": its full distributions; "moving": ref <- alpha pi + (1 - alpha) ref
     needs: tuple[str, ...] = ()  # of "head", "kl", "mismatched", "shift", "scores"
@@ -524,9 +525,10 @@ OBJECTIVES: dict[str, Objective] = {
     "tdpo1": Objective(tdpo1_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
     "tdpo2": Objective(tdpo2_loss, lambda x, s: LOG2, _tdpo_margin, reference="live", needs=("kl",)),
     "simpo": Objective(
-        simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), lambda x, s: _gap_per_token(x), reference="none"
+        simpo_loss, lambda x, s: _softplus(s["gamma"] - s["beta"] * _gap(x, True)), lambda x, s: _gap_per_token(x), reference="none",
+        per_token=True,
     ),
-    "orpo": Objective(orpo_loss, _orpo_at, lambda x, s: _log_odds(x), reference="none"),
+    "orpo": Objective(orpo_loss, _orpo_at, lambda x, s: _log_odds(x), reference="none", per_token=True),
     "cpo": Objective(
         cpo_loss,
         lambda x, s: _softplus(-s["beta"] * _gap(x, False)) + s["alpha"] * _nll(x, s["sft_normalize"]),

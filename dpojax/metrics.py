@@ -6,6 +6,7 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,13 @@ def _with_nulls(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_with_nulls(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def accuracy_and_margin(scalars: Mapping[str, float], prefix: str = "") -> str:
+    """For a line of progress: the accuracy of what the objective trains, and its rewards' margin where there is one."""
+    accuracy, margin = scalars[f"{prefix}objective/accuracy"], scalars[f"{prefix}rewards/margins"]
+    shown = f"  accuracy {accuracy:.3f}" if math.isfinite(accuracy) else ""
+    return shown + (f"  margin {margin:+.3f}" if math.isfinite(margin) else "")
 
 
 class MetricsLog:

@@ -66,7 +66,7 @@ class LossOutput(NamedTuple):
     """Per-pair results. All but the loss are for logging and carry no gradient."""
 
     loss: Float[Array, "B"]
-    chosen_rewards: Float[Array, "B"]  # beta log pi(y_w|x)/ref(y_w|x); beta log pi(y_w|x) without reference
+    chosen_rewards: Float[Array, "B"]  # beta log pi(y_w|x)/ref(y_w|x); beta log pi(y_w|x) without reference, of simpo a token's
     rejected_rewards: Float[Array, "B"]
     margin: Float[Array, "B"]  # what the objective trains upwards
 
@@ -96,6 +96,11 @@ class Loss:
     def needs(self, what: str) -> bool:
         """Whether some term needs `what`: a key of `Objective.needs`, or "wpo"."""
         return any(what in t.objective.needs or (what == "wpo" and t.wpo) for t in self.terms)
+
+    @property
+    def main(self) -> Term:
+        """The term whose margin and rewards are logged: the first that compares responses."""
+        return next((t for t in self.terms if t.objective.function is not sft_loss), self.terms[0])
 
     @property
     def coupled(self) -> bool:
@@ -137,10 +142,11 @@ class Loss:
         assert isinstance(value, jax.Array | np.ndarray)
         if info.weight is not None:
             value = value * info.weight
+        main = self.main
+        margin = main.objective.margin(jax.lax.stop_gradient(pairs), main.settings)
         plain = jax.lax.stop_gradient(self._pairs(policy, ref, info, plain=True))
-        main = self.terms[0]
-        margin = main.objective.margin(plain, main.settings)
-        return LossOutput(value, self.reward_scale * plain.a, self.reward_scale * plain.b, margin)
+        len_w, len_l = plain.lengths if main.objective.per_token else (1, 1)
+        return LossOutput(value, self.reward_scale * plain.a / len_w, self.reward_scale * plain.b / len_l, margin)
 
     def _pairs(self, policy: PairLogps, ref: PairLogps | None, info: PairInfo, *, plain: bool = False) -> Pairs:
         a, b = (policy.chosen, policy.rejected) if ref is None else (policy.chosen - ref.chosen, policy.rejected - ref.rejected)

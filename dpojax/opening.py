@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpojax import checkpoint, evaluate, reference, selfcheck, sharding, winrate
-from dpojax.config import Config, bound_dtype, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
+from dpojax.config import Config, bound_dtype, doubts, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import PackGroups, groups_per_step
 from dpojax.data.tokens import copy_companions, stop_ids
@@ -165,6 +165,8 @@ def open_inputs(job: Job) -> Inputs:
         )
     for line in unfit_settings(job.config, data.train, data.train_index, weights, job.config.num_steps / epoch_steps):
         job.say(line)
+    for doubt in doubts(job.config):
+        job.say(f"warning: {doubt}")
     job.write(functools.partial(write_settings, job, data, policy))
     return Inputs(data, policy, groups)
 

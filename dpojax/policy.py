@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dpojax import sharding
 from dpojax.config import SIZES, Config
 from dpojax.data.packing import PackShape
-from dpojax.datasets import Data
+from dpojax.datasets import Data, check_shared_tokenizer
 from dpojax.errors import ConfigError
 from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
@@ -58,15 +58,19 @@ def open_policy(job: Job, data: Data, weights: Weights | None) -> Policy:
         raise ConfigError("model.init and tokenizer are ''; random weights take the size of their vocabulary from a tokenizer")
     vocab_size = data.tokenizer.vocab_size if data.tokenizer is not None else 0
     config = random_model(job.config, vocab_size) if weights is None else weights.config
-    if data.tokenizer is not None and data.tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {data.tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows; "
-            "they do not belong together"
-        )
     indexes = [i for i in (data.train_index, data.eval_index, data.sft_index) if i is not None]
     largest = max(i.largest_id for i in indexes)
-    if largest >= config.vocab_size:
-        raise ConfigError(f"the data holds the token id {largest}, the model's embedding has {config.vocab_size} rows")
+    if largest >= config.vocab_size:  # pieces past the embedding that no row holds are no reason to refuse
+        pieces = "" if data.tokenizer is None else f"; the tokenizer has {data.tokenizer.vocab_size} pieces"
+        raise ConfigError(
+            f"the data holds the token id {largest}, the model's embedding has {config.vocab_size} rows{pieces}: they do not "
+            "belong together"
+        )
+    if job.config.reference.init:
+        sets = [(data.train, data.train_index)]
+        if data.eval is not None and data.eval_index is not None:
+            sets.append((data.eval, data.eval_index))
+        check_shared_tokenizer(data.tokenizer, job.config.reference.init, sets, setting="reference.init")
     longest = max(int(i.sequence_lengths().max()) for i in indexes)
     check_positions(config, longest, "data.max_prompt_tokens or data.max_response_tokens")
     if longest > config.max_positions:

@@ -246,8 +246,8 @@ def _two_histograms(axis, values: dict[str, Sequence[float]], title: str) -> Non
 
 
 def _splits(results: PairResults, *, unpaired: bool) -> list[dict[str, Any]]:
-    """Reward accuracy over all pairs and by which response is longer; of unpaired responses by their label."""
-    margin = results.margin if unpaired else results.chosen_rewards - results.rejected_rewards
+    """The objective's accuracy over all pairs and by which response is longer; of unpaired responses by their label."""
+    margin = results.margin  # of what was trained: the rewards of whole responses may say the opposite
     right = (margin > 0) + 0.5 * (margin == 0)
     difference = results.chosen_lengths - results.rejected_lengths
     everything = np.ones(len(margin), bool)
@@ -267,6 +267,8 @@ def _note(config: Config) -> str:
     rewards = (
         "Rewards are beta log pi/ref" if resolved_mode(config) != "none" else "Rewards are beta log pi: there is no reference"
     )
+    if loss.main.objective.per_token:
+        rewards = "Rewards are beta log pi of a token, as the objective takes it: there is no reference"
     if all(t.objective.f_divergence or t.name == "sft" for t in loss.terms):
         return f"{rewards}. Both log-probs may fall while the margin grows: the objective trains their difference."
     return f"{rewards}."
@@ -286,7 +288,7 @@ def _cards(summary: dict[str, Any], splits: list[dict[str, Any]], unit: str) -> 
         cards.append({"value": controlled, "label": "length-controlled win rate", "note": "at equal length"})
     if splits:
         interval = f"{splits[0]['interval']} on {splits[0]['count']} {unit}"
-        cards.append({"value": splits[0]["rate"], "label": "held-out reward accuracy", "note": interval})
+        cards.append({"value": splits[0]["rate"], "label": "held-out accuracy", "note": interval})
     if summary.get("sft_loss") is not None:
         cards.append(
             {

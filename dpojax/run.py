@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import sys
 import time
 from typing import Any
@@ -22,7 +23,7 @@ from dpojax.data.tokens import copy_companions
 from dpojax.datasets import Data
 from dpojax.errors import ConfigError
 from dpojax.job import Job, Stop
-from dpojax.metrics import MetricsLog, duration, finite_json, peak_memory, say
+from dpojax.metrics import MetricsLog, accuracy_and_margin, duration, finite_json, peak_memory, say
 from dpojax.models import hf, lora, peft
 from dpojax.models.table import num_params
 from dpojax.opening import Opened, open_inputs, open_run
@@ -185,8 +186,8 @@ class _Evaluation:
         if log:
             self.job.log.write(step, self.scalars)
         self.job.say(
-            f"eval {step}  loss {self.scalars['eval_loss']:.4f}  accuracy {self.scalars['eval_rewards/accuracies']:.3f}  "
-            f"margin {self.scalars['eval_rewards/margins']:+.3f}{kl}  on {len(self.results.loss)} held-out "
+            f"eval {step}  loss {self.scalars['eval_loss']:.4f}{accuracy_and_margin(self.scalars, 'eval_')}{kl}  "
+            f"on {len(self.results.loss)} held-out "
             f"{'responses' if self.loss.unpaired else 'pairs'}"
         )
 
@@ -290,15 +291,8 @@ def _export(job: Job, data: Data, policy: Policy, params, *, adapters: bool) -> 
         ids = dict(bos_id=own.bos_id, eos_id=own.eos_id) if own else dict(bos_id=None, eos_id=None)
         fields = hf.llama_fields(policy.config, **ids)
     if adapters:
-        trained = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
-        whole = jax.jit(lambda tree: tree, out_shardings=job.replicated)(trained)
-        scale = c.lora.alpha / c.lora.rank
-        # After an SFT stage the base is its result, which dpojax alone reads; PEFT takes the merged export.
-        base = c.model.init if data.sft is None else str((job.workdir / "sft").resolve())
-        if job.main_process:
-            peft.export_adapters(whole, policy.config, job.workdir / "adapter", scale=scale, base=base)
-            copy_companions(tokenizer, job.workdir / "adapter")  # the base's may write its text otherwise
-        params = jax.jit(lambda tree: lora.merge(tree, policy.config, scale))(params)
+        _export_adapters(job, data, policy, params)
+        params = jax.jit(lambda tree: lora.merge(tree, policy.config, c.lora.alpha / c.lora.rank))(params)
     progress = job.progress("export", hf.num_tensors(policy.config), "tensors")
     hf.export_params(
         params,
@@ -311,6 +305,34 @@ def _export(job: Job, data: Data, policy: Policy, params, *, adapters: bool) -> 
         progress=progress,
     )
     progress.close(str(job.workdir / "export"))
+
+
+def _export_adapters(job: Job, data: Data, policy: Policy, params) -> None:
+    """The adapters in WORKDIR/adapter, where PEFT can open their base; else no such folder, and a line that says why.
+
+    Over an adapter they are written together with it, on its base: the ranks add up.
+    """
+    c, weights, folder = job.config, policy.weights, job.workdir / "adapter"
+    reason = ""
+    if data.sft is not None:
+        reason = "they stand on the result of the SFT stage"
+    elif weights is None:
+        reason = "they stand on random weights"
+    elif weights.base is None:
+        reason = f"they stand on {c.model.init}, which is no Hugging Face directory and no plain adapter of one"
+    if job.main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier export, perhaps on another base
+    if reason:
+        job.say(f"the adapters are not exported alone: {reason}; {job.workdir / 'export'} holds the merged weights")
+        return
+    assert weights is not None and weights.base is not None
+    adapters = {"layers": {k: v for k, v in params["layers"].items() if k.endswith((lora.LORA_A, lora.LORA_B))}}
+    adapters, scale = jax.jit(lambda tree: tree, out_shardings=job.replicated)(adapters), c.lora.alpha / c.lora.rank
+    if weights.adapters is not None:
+        adapters, scale = lora.stack(*weights.adapters(), adapters, scale)
+    if job.main_process:
+        peft.export_adapters(adapters, policy.config, folder, scale=scale, base=str(weights.base))
+        copy_companions(job.workdir / "tokenizer", folder)  # the base's may write its text otherwise
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from dpojax.data.pipeline import PackGroups, make_shape
 from dpojax.data.sources import open_sources
 from dpojax.data.triples import DROPPED, Dropped
 from dpojax.data.written import Writing
+from dpojax.datasets import check_shared_tokenizer
 from dpojax.errors import ConfigError, DataError
 from dpojax.evaluation import statistics
 from dpojax.flags import Parser
@@ -142,6 +143,8 @@ def summarise(rows: list[dict[str, Any]], left_out: dict[str, int], args) -> dic
 def score(args: argparse.Namespace) -> None:
     """Scores with the model, then with the reference (one of them in memory at a time), and writes."""
     data, index = read_rows(args)
+    if args.ref:
+        check_shared_tokenizer(data.tokenizer, args.ref, [(data, index)], setting="--ref")
     out = Output(args.out)
     quiet = out.path is None
     scores = []

@@ -21,7 +21,7 @@ from dpojax.datasets import Data
 from dpojax.errors import CheckpointError, Interrupted, NumericsError
 from dpojax.flops import forward_flops, layer_work, peak_flops
 from dpojax.job import Job
-from dpojax.metrics import duration, finite_json
+from dpojax.metrics import accuracy_and_margin, duration, finite_json
 from dpojax.models import ModelConfig
 from dpojax.optim import make_optimizer, make_schedule
 from dpojax.policy import Policy, fitted, frozen_layout, initial_params, kernel_name
@@ -151,7 +151,7 @@ class Stage:
         job.log.write(done.step, {self.prefix + k: v for k, v in scalars.items()})
         shown = f"{self.name} {done.step}/{self.num_steps}  loss {scalars['loss']:.4f}"
         if "rewards/accuracies" in scalars:
-            shown += f"  accuracy {scalars['rewards/accuracies']:.3f}  margin {scalars['rewards/margins']:+.3f}"
+            shown += accuracy_and_margin(scalars)
         unit = "pairs" if done.num_pairs else "prompts"
         left = duration((self.num_steps - done.step) * seconds / steps)
         job.say(f"{shown}  grad {scalars['grad_norm']:.2f}  {rate:.1f} {unit}/s  ETA {left}")
@@ -397,6 +397,7 @@ def check_origin(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
     changed = checkpoint.compare_fingerprints(meta["fingerprints"], stage.meta["fingerprints"], allowed)
     if changed:
         job.say(f"resuming with another {', '.join(changed)}, as allowed")
+    _warn_of_rising_rate(job, stage, meta)
     settings = changed_settings(meta["config"], to_dict(job.config))
     if settings:
         job.say(f"resuming with other settings than step {step} was saved with: {'; '.join(settings)}")
@@ -411,6 +412,28 @@ def check_optimizer(config: Config, checkpoints: Checkpoints, meta: dict[str, An
         raise CheckpointError(
             f"{checkpoints.folder / str(meta['step'])}: made with another optimizer: optim.name was {then!r} then, is {now!r} "
             f"now, and takes none of its state; set --config.optim.name={then}, or another --workdir"
+        )
+
+
+def _warn_of_rising_rate(job: Job, stage: Stage, meta: dict[str, Any]) -> None:
+    """Says where other settings make the learning rate jump at the step that a run is resumed at."""
+    saved, steps = meta["config"], meta["step"]
+    if stage.name == "DPO":
+        then, num_steps = saved.get("optim", {}), saved.get("num_steps")
+    else:
+        then, num_steps = saved.get("sft", {}), saved.get("sft", {}).get("num_steps")
+    names = ("schedule", "learning_rate", "warmup_steps")
+    if num_steps is None or any(then.get(name) is None for name in names):
+        return
+    before = make_schedule(
+        then["schedule"], learning_rate=then["learning_rate"], warmup_steps=then["warmup_steps"], num_steps=num_steps
+    )
+    old, new = float(before(max(0, steps - 1))), float(stage.schedule(steps))
+    own_warmup = float(before(steps))
+    if new > 1.05 * max(old, own_warmup):
+        job.say(
+            f"warning: the learning rate rises from {old:.3g} to {new:.3g} at step {steps}: the schedule then ended at step "
+            f"{num_steps}, now at step {stage.num_steps}"
         )
 
 

@@ -38,7 +38,7 @@ from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.job import Job, Stop
 from dpojax.lock import locked_workdir
 from dpojax.main import join_run, known_flags, make_workdir
-from dpojax.metrics import MetricsLog, say
+from dpojax.metrics import MetricsLog, accuracy_and_margin, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_inputs, open_run, write_settings
 from dpojax.optim import make_optimizer, make_schedule
@@ -280,7 +280,7 @@ class _Evaluation:
                 own.log.write(step, scalars)
             kl = f"  KL {scalars['eval_on_policy_kl']:.2f}" if "eval_on_policy_kl" in scalars else ""
             job.say(
-                f"eval {step}  {own.workdir.name}: loss {scalars['eval_loss']:.4f}  accuracy {scalars['eval_rewards/accuracies']:.3f}{kl}"
+                f"eval {step}  {own.workdir.name}: loss {scalars['eval_loss']:.4f}{accuracy_and_margin(scalars, 'eval_')}{kl}"
             )
 
 
@@ -366,7 +366,7 @@ def _finish(own: Job, opened: Opened, stage: Sweep, state: TrainState, n: int, e
 
 def results_table(summaries: Mapping[str, dict[str, Any]]) -> str:
     """The runs of a sweep as a Markdown table: name -> what summary.json holds."""
-    keys = ("eval_loss", "eval_rewards/accuracies", "win_rate", "kl")
+    keys = ("eval_loss", "eval_objective/accuracy", "win_rate", "kl")
     lines = [f"| run | {' | '.join(keys)} |", "|---|" + "---|" * len(keys)]
     for name, summary in summaries.items():
         cells = [f"{summary[k]:.4f}" if summary.get(k) is not None else "" for k in keys]

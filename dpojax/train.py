@@ -292,9 +292,10 @@ def _right(margin):
 def pair_scalars(r: PairResults, *, unpaired: bool, mismatched: bool = False) -> dict[str, Float[Array, ""]]:
     """Means over the pairs of a batch, under TRL's names where TRL has them.
 
-    Beyond TRL: objective/accuracy (of what the objective trains, e.g. length-normalised), displacement (share of chosen
-    responses that became less likely than under the reference), quantiles of the gradient weight (s(-beta h) for DPO),
-    and lengths and accuracy by which response is longer.
+    Beyond TRL: objective/accuracy and objective/margins (of what the objective trains, e.g. length-normalised), displacement
+    (share of chosen responses that became less likely than under the reference), quantiles of the gradient weight (s(-beta h)
+    for DPO), and lengths and accuracy by which response is longer. A mean over nothing, as over the undesirable responses of a
+    step that holds none, is NaN.
 
     Args:
       r: its padding is left out.
@@ -316,6 +317,7 @@ def pair_scalars(r: PairResults, *, unpaired: bool, mismatched: bool = False) ->
         "logps/chosen": _mean(r.policy_chosen, chosen),
         "logps/rejected": _mean(other["logps"], rejected),
         "objective/accuracy": _mean(_right(r.margin), valid),
+        "objective/margins": _mean(r.margin, valid),
         "lengths/chosen": _mean(r.chosen_lengths, chosen),
         "lengths/rejected": _mean(other["lengths"], rejected),
         **{f"gradient_weight/q{round(100 * q)}": _quantile(jnp.abs(r.pull), valid, q) for q in (0.1, 0.5, 0.9)},

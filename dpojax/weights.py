@@ -5,13 +5,16 @@ Everything that takes a model (--config.model.init, convert, generate, score) op
 
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpojax.checkpoint import Checkpoints, newest_step
+from dpojax.config import QUANTISED
 from dpojax.data.tokens import COMPANIONS
 from dpojax.errors import CheckpointError, ConfigError, NumericsError
 from dpojax.models import ModelConfig, hf, llama2c, lora, peft
@@ -32,6 +35,9 @@ class Weights(NamedTuple):
     companions: pathlib.Path | None  # the folder whose tokenizer files belong to it
     # (shardings, dtype, progress) -> the parameters, adapters merged; shardings shaped like the parameters
     load: Callable[[Any, Any, Progress], Any]
+    # The Hugging Face directory that these weights are, or of which they are `adapters` away; None: no folder holds such a base.
+    base: pathlib.Path | None = None
+    adapters: Callable[[], tuple[Any, float]] | None = None  # () -> (tree of A and B, their scale): what is merged into `base`
 
 
 def ignored_fields(names: str) -> frozenset[str]:
@@ -110,9 +116,25 @@ def _open(path: str, ignore: Collection[str], setting: str, above: tuple[pathlib
 
 def _from_directory(folder: pathlib.Path, ignore: Collection[str]) -> Weights:
     fields = read_fields(folder)
-    config = model_config(fields, folder / "config.json", ignore)
+    config = hf.read_config(folder, ignore)
+    if not config.tie_embeddings and model_config(fields, folder / "config.json", ignore).tie_embeddings:
+        note = f"{folder}: config.json ties the head to the embedding, the weights hold another lm_head.weight, which is used"
+        print(note, file=sys.stderr, flush=True)  # the standard output may be a file of rows
+        fields = {**fields, "tie_word_embeddings": False}
     load = lambda shardings, dtype, progress: hf.load_params(folder, config, shardings, dtype, progress)
-    return Weights(config, fields, folder, load)
+    return Weights(config, fields, folder, load, base=folder.resolve())
+
+
+def _stacked(inner: Weights, adapters: Callable[[], tuple[Any, float]]) -> Callable[[], tuple[Any, float]]:
+    """The adapters together with those under them, as adapters of the first base: their ranks add up."""
+
+    def stacked() -> tuple[Any, float]:
+        tree, scale = adapters()
+        if inner.adapters is None:
+            return tree, scale
+        return lora.stack(*inner.adapters(), tree, scale)
+
+    return stacked
 
 
 def _from_llama2c(path: pathlib.Path) -> Weights:
@@ -132,7 +154,8 @@ def _from_peft(folder: pathlib.Path, ignore: Collection[str], above: tuple[pathl
         return merged(params, adapters)
 
     own = folder if any((folder / n).is_file() for n in COMPANIONS) else base.companions
-    return base._replace(load=load, companions=own)
+    adapters = _stacked(base, lambda: peft.load_adapters(folder, settings, base.config))
+    return base._replace(load=load, companions=own, adapters=adapters)
 
 
 def _from_checkpoint(step: pathlib.Path, ignore: Collection[str], above: tuple[pathlib.Path, ...]) -> Weights:
@@ -159,13 +182,15 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str], above: tuple[p
         return Weights(config, meta.get("fields"), companions, load)
     base = _base_of(workdir, meta, ignore, above)
 
-    def load_merged(shardings, dtype, progress):
-        params = base.load(shardings, dtype, progress)
+    def restore_adapters(mesh: jax.sharding.Mesh):
         rows = lora.adapter_rows(config, adapter["targets"], adapter["rank"])
         shapes = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), rows, config.num_layers, jnp.float32))
-        whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
-        spread = jax.tree.map(lambda x: whole, shapes)
-        adapters = found.restore_params(number, shapes, spread, meta)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return found.restore_params(number, shapes, jax.tree.map(lambda x: whole, shapes), meta)
+
+    def load_merged(shardings, dtype, progress):
+        params = base.load(shardings, dtype, progress)
+        adapters = restore_adapters(jax.tree.leaves(shardings)[0].mesh)
         base_dtype = adapter.get("base_dtype") or jnp.dtype(dtype).name  # the base as it was rounded in training
 
         def merged(p, a):
@@ -174,7 +199,11 @@ def _from_checkpoint(step: pathlib.Path, ignore: Collection[str], above: tuple[p
 
         return jax.jit(merged, out_shardings=shardings)(params, adapters)
 
-    return Weights(config, meta.get("fields"), companions, load_merged)
+    if adapter.get("base_dtype") in QUANTISED:  # what was trained stands on rounded weights, which no folder holds
+        return Weights(config, meta.get("fields"), companions, load_merged)
+    devices = np.asarray(jax.devices())
+    stacked = _stacked(base, lambda: (restore_adapters(jax.sharding.Mesh(devices, ("data",))), adapter["scale"]))
+    return Weights(config, meta.get("fields"), companions, load_merged, base.base, stacked)
 
 
 def _base_of(workdir: pathlib.Path, meta: dict[str, Any], ignore: Collection[str], above: tuple[pathlib.Path, ...]) -> Weights:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import runs
 import tiny
+import tokenizers
 from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from dpojax.data.tokens import load_tokenizer
 from dpojax.models import hf
@@ -69,3 +71,28 @@ def training(files: pathlib.Path, workdir: pathlib.Path, pairs: pathlib.Path, **
     no_sizes = {f"model.{name}": None for name in ("hidden_size", "intermediate_size", "head_dim")}
     few = {"batch_size": 4, "num_steps": 2, "data.train": pairs, "data.eval": pairs, "data.row_tokens": 0, "tokenizer": ""}
     return runs.command(files, workdir, **no_sizes, **{**few, **settings})[3:]
+
+
+def renumber(folder: pathlib.Path, pieces) -> None:
+    """Exchanges the places of pieces, two by two, in a folder's sentencepiece model; the weights stay."""
+    path = folder / "tokenizer.model"
+    spec = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    spec.ParseFromString(path.read_bytes())
+    for i, j in pieces:
+        texts = spec.pieces[j].piece, spec.pieces[i].piece
+        spec.pieces[i].piece, spec.pieces[j].piece = texts
+    path.write_bytes(spec.SerializeToString())
+
+
+def as_json(folder: pathlib.Path) -> None:
+    """Writes a folder's sentencepiece model as the tokenizer.json of the same pieces, in its place."""
+    path = folder / "tokenizer.model"
+    spec = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    spec.ParseFromString(path.read_bytes())
+    model = tokenizers.models.Unigram([(p.piece, p.score) for p in spec.pieces], unk_id=0, byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    path.unlink()

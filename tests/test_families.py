@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import tiny
 
 from dpojax import sampling
 from dpojax.models import hf
-from dpojax.models.families import FAMILIES
+from dpojax.models.families import FAMILIES, NEUTRAL, REFUSED_EVERYWHERE, Fields
 from dpojax.train import make_token_logps_step
 
 pytestmark = [
@@ -129,6 +130,56 @@ def test_logits_log_probs_and_export_are_those_of_transformers(tmp_path, name):
 
     again = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="float32", attn_implementation="eager").eval()
     np.testing.assert_array_equal(their_logits(again, ids), want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_refuses_the_fields_that_its_code_reads_and_ignores_the_others(name):
+    import transformers
+
+    folder = pathlib.Path(transformers.__file__).parent / "models" / name.removesuffix("_text")
+    code = (folder / f"modeling_{folder.name}.py").read_text()
+    reads = set(re.findall(r"""config\.(\w+)|config, ["'](\w+)["']|rope_parameters\.get\(["'](\w+)["']""", code))
+    reads = {word for words in reads for word in words if word}
+    example = next(k for k in CASES if k.split()[0] == name)
+    kind, values = CASES[example]
+    values = values if values.get("n_embd") else SIZES | values
+    if kind == "GPTNeoXConfig":
+        values = {k: v for k, v in values.items() if k != "num_key_value_heads"}
+    fields = Fields(getattr(transformers, kind)(**values).to_dict(), pathlib.Path("config.json"))
+    taken = {f.name for f in FAMILIES[name].fields.values()}
+    for read in (FAMILIES[name].windows, FAMILIES[name].rope):
+        known = {"family": name, "max_positions": 64, "head_dim": 8}
+        if read is not None:
+            read(fields, known if read is FAMILIES[name].rope else fields.values["num_hidden_layers"])
+    taken |= fields.taken
+    for field in NEUTRAL:
+        if field in REFUSED_EVERYWHERE or field in ("rope_scaling", "sliding_window", "layer_types"):
+            continue  # read by configuration code that all families share, or checked against the logits above
+        assert (field in taken or field in FAMILIES[name].refused) == (field in reads), field
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("other", [True, False])
+def test_a_tied_flag_beside_a_stored_head_is_read_as_transformers_reads_it(tmp_path, name, other):
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    theirs(name, tmp_path / "parts").save_pretrained(tmp_path, max_shard_size="1GB")
+    names, tensors = FAMILIES[name].names, load_file(tmp_path / "model.safetensors")
+    embed, head = (f"{names[x].name}.weight" for x in ("embed", "unembed"))
+    table = tensors[embed if embed in tensors else embed.split(".", 1)[1]]
+    tensors[head] = table + (0.3 * torch.randn_like(table) if other else 0)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32", attn_implementation="eager").eval()
+    config, model, params = ours(tmp_path)
+    assert config.tie_embeddings == (not other)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (1, LENGTH))
+    one = jnp.ones(ids.shape, jnp.int32)
+    hidden = model.hidden_states(params, jnp.asarray(ids), jnp.cumsum(one, 1) - 1, one, 0 * one)
+    np.testing.assert_allclose(model.unembed(model.head(params), hidden), their_logits(reference, ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt2", "gptj", "gpt_neox"])

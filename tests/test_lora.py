@@ -3,17 +3,20 @@
 import functools
 import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import model_folders
 import numpy as np
 import optax
 import pytest
 import tiny
-from runs import rows, run
+from runs import ROOT, rows, run
 
 from dpojax import sharding
 from dpojax.checkpoint import checksums
+from dpojax.main import main
 from dpojax.models import lora, make_decoder, peft, quantise
 from dpojax.models.attention import masked
 from dpojax.models.config import ModelConfig
@@ -428,3 +431,59 @@ def test_a_setting_that_does_not_fit_is_named(changes, named):
             values[section][name] = value
     with pytest.raises(ConfigError, match=named):
         from_config_dict(values)
+
+
+def test_stacked_adapters_are_the_sum_of_both():
+    under, over = adapters(targets="q,v", moved=True), adapters(targets="v,o", moved=True, seed=5)
+    twice = lora.merge(lora.join(lora.merge(lora.join(BASE, under), tiny.CONFIG, 0.5), over), tiny.CONFIG, SCALE)
+    stacked, scale = lora.stack(under, 0.5, over, SCALE)
+    assert stacked["layers"]["v_lora_a"].shape[-1] == stacked["layers"]["v_lora_b"].shape[1] == 2 * RANK
+    once = lora.merge(lora.join(BASE, stacked), tiny.CONFIG, scale)
+    for a, b in zip(*map(jax.tree.leaves, (once, twice)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("torch", "peft"))), reason="torch and peft are not installed")
+def test_peft_opens_what_was_trained_on_a_base_of_any_kind_or_no_adapter_is_written(files, tmp_path, monkeypatch, capfd):
+    import peft as their_peft
+    import torch
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    pairs, base = model_folders.write_pairs(tmp_path / "pairs.jsonl"), model_folders.make_model(tmp_path / "base", files)
+    moved = {"lora.rank": 2, "optim.learning_rate": 3e-2, "optim.warmup_steps": 0, "export": True, "checkpoint_every_steps": 2}
+
+    def train(name, init, **settings):
+        argv = model_folders.training(files, tmp_path / name, pairs, **{"model.init": init, **moved, **settings})
+        argv = [a.replace("=configs/", f"={ROOT}/configs/") for a in argv]
+        assert main(argv) == 0, (name, capfd.readouterr().err)
+        return tmp_path / name, capfd.readouterr().out
+
+    def logits(model):
+        with torch.no_grad():
+            return model(torch.arange(2, 42)[None]).logits.numpy()
+
+    def opened(folder):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def check(workdir, output, *, exported=True):
+        if not exported:
+            assert not (workdir / "adapter").exists() and "not exported alone" in output
+            return
+        settings = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+        assert pathlib.Path(settings["base_model_name_or_path"]).is_absolute()
+        model = their_peft.PeftModel.from_pretrained(opened(settings["base_model_name_or_path"]), str(workdir / "adapter"))
+        np.testing.assert_allclose(logits(model), logits(opened(workdir / "export")), atol=2e-5)
+        assert np.abs(logits(model) - logits(opened(base))).max() > 1e-2  # something was trained
+
+    first, output = train("relative", "base", **{"lora.targets": "q,v"})
+    check(first, output)
+    on_adapter, output = train("on_adapter", first / "adapter", **{"lora.targets": "v,down", "lora.alpha": 7.0})
+    check(on_adapter, output)
+    check(*train("on_two", on_adapter / "adapter"))
+    check(*train("on_lora_run", first))
+    check(*train("on_quantised_run", train("quantised", "base", **{"lora.base_dtype": "int8"})[0]), exported=False)
+    check(*train("on_full_run", train("full", "base", **{"lora.rank": 0})[0]), exported=False)
+    check(*train("after_sft", "base", **{"sft.num_steps": 1}), exported=False)

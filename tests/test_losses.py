@@ -537,3 +537,40 @@ def test_a_soft_label_weighs_the_sft_term_too():
     info = PairInfo(soft_label=jnp.full(16, 0.8), mean_chosen_length=jnp.asarray(9.0))
     found = make_loss("sft")(policy, ref, info).loss
     np.testing.assert_allclose(found, -(0.8 * policy.chosen + 0.2 * policy.rejected) / 9, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sigmoid", {"beta": 0.3}),
+        ("sigmoid_norm", {"beta": 2.0}),
+        ("simpo", {"beta": 2.0, "gamma": 0.0}),
+        ("sft+simpo", {"beta": 2.0, "gamma": 0.0}),
+        *(("sigmoid", {"beta": 0.3, "f_divergence": f}) for f in ("forward_kl", "js")),
+        *(("sigmoid_norm", {"beta": 2.0, "f_divergence": f}) for f in ("forward_kl", "js")),
+        ("sigmoid", {"beta": 0.3, "f_divergence": "alpha", "f_alpha": 0.5}),
+    ],
+)
+def test_the_logged_accuracy_is_that_of_what_is_trained(name, settings):
+    """A pair counts as right exactly where its loss is less than that of the pair with exchanged labels."""
+    rng = np.random.default_rng(0)
+    lengths = [jnp.asarray(rng.integers(1, 40, 200)) for _ in range(2)]
+    draw = lambda: [jnp.asarray(-rng.uniform(0.5, 2.0, 200) * n, jnp.float32) for n in lengths]
+    policy, ref = PairLogps(*draw(), *lengths), PairLogps(*draw(), *lengths)
+    loss = make_loss(name, **settings)
+    preference = make_loss(name.removeprefix("sft+"), **settings)  # the SFT term has no opinion of pairs
+    margin = loss(policy, ref if loss.uses_reference else None).margin
+    reference = (ref, ref.swapped()) if loss.uses_reference else (None, None)
+    right = preference(policy, reference[0]).loss < preference(policy.swapped(), reference[1]).loss
+    np.testing.assert_array_equal(margin > 0, right)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("simpo", {"beta": 2.0, "gamma": 0.5}), ("orpo", {"orpo_lambda": 0.3})])
+def test_rewards_of_per_token_objectives_are_those_of_a_token_as_trl_logs_them(name, settings):
+    # TRL 1.16: CPOTrainer (simpo) and ORPOTrainer take average log-probs, times beta.
+    policy = PairLogps(*map(jnp.asarray, ([-10.0, -40.0], [-30.0, -20.0], [5, 40], [30, 10])))
+    out = make_loss(name, **settings)(policy, None)
+    beta = next(iter(settings.values()))
+    np.testing.assert_allclose(out.chosen_rewards, beta * np.array([-2.0, -1.0]), rtol=1e-6)
+    np.testing.assert_allclose(out.rejected_rewards, beta * np.array([-1.0, -2.0]), rtol=1e-6)
+    np.testing.assert_array_equal(out.chosen_rewards > out.rejected_rewards, out.margin > 0)

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import model_folders
 import numpy as np
 import pytest
 import tiny
@@ -61,7 +62,11 @@ def test_an_unknown_field_is_named_and_can_be_ignored(folder):
     [
         ({"attention_dropout": 0.1, "resid_pdrop": 0.1}, None),  # inert
         ({"sliding_window": None, "rope_scaling": None}, None),  # at their neutral values
-        ({"sliding_window": 7}, "sliding_window"),
+        (
+            {"sliding_window": 7, "partial_rotary_factor": 0.5, "use_bidirectional_attention": True},
+            None,
+        ),  # Llama's code reads none
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "magic", "factor": 2.0}}, "magic"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "extra": 1}}, "extra"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
@@ -95,6 +100,24 @@ def test_a_tied_table_may_stand_under_either_name(tmp_path):
         save_file(tensors | {n: both[n] for n in names}, tmp_path / "model.safetensors")
         loaded = hf.load_params(tmp_path, hf.read_config(tmp_path), spread(config), jnp.float32)
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_stored_head_is_used_whatever_the_flag_says_and_an_equal_one_is_the_table(tmp_path, files, capsys):
+    def other(tensors):
+        table = tensors["model.embed_tokens.weight"]
+        return tensors | {"lm_head.weight": table + np.float32(0.1) * (np.arange(table.size).reshape(table.shape) % 3)}
+
+    def equal(tensors):
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+    both = model_folders.make_model(tmp_path / "both", files, tensors=other, tie_embeddings=True)
+    weights = open_weights(str(both))
+    assert not weights.config.tie_embeddings and weights.fields["tie_word_embeddings"] is False
+    assert "lm_head.weight" in capsys.readouterr().err
+    params = weights.load(spread(weights.config), jnp.float32, lambda done: None)
+    assert np.abs(params["unembed"] - params["embed"].T).max() > 0.09
+    tied = model_folders.make_model(tmp_path / "tied", files, tensors=equal, tie_embeddings=True)
+    assert open_weights(str(tied)).config.tie_embeddings and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mesh", [{}, dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)])

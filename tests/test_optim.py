@@ -1,11 +1,15 @@
 """Optimizers and schedules against their published update rules, in plain numpy."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import ROOT
 
-from dpojax.config import from_config_dict, load_config_file
+from dpojax import stages
+from dpojax.config import apply_override, doubts, from_config_dict, load_config_file
 from dpojax.optim import make_optimizer, make_schedule
 
 AXES = {"matrix": ("embed", "mlp"), "norm": ("norm",)}
@@ -87,3 +91,41 @@ def test_clipping_scales_the_whole_gradient():
 def test_schedules_warm_up_from_above_zero_and_decay_to_the_end(name, expected):
     schedule = make_schedule(name, learning_rate=2.0, warmup_steps=4, num_steps=8)
     np.testing.assert_allclose([schedule(i) for i in range(8)], 2.0 * np.asarray(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, None),
+        ({"optim.warmup_steps": "150"}, "optim.warmup_steps=150"),
+        ({"sft.num_steps": "10", "sft.warmup_steps": "10"}, "sft.warmup_steps=10"),
+        ({"sample.kl_prompts": "9", "sample.num_prompts": "8"}, "sample.kl_prompts=9"),
+        ({"sample.temperature": "0", "sample.top_k": "5"}, "sample.top_k"),
+        ({"sft.num_steps": "0", "sft.data": "x.jsonl", "data.train": "a", "data.eval": "b"}, "sft.data"),
+        ({"optim.name": "adafactor", "sft.b2": "0.9"}, "sft.b2"),
+        ({"lora.dropout": "0.1"}, "lora.dropout"),
+        ({"optim.skip_spikes": "True", "optim.spike_factor": "inf"}, "spike_factor"),
+        ({"loss.name": "simpo", "loss.gamma": "0.5", "reference.dtype": "bfloat16"}, "reference.dtype"),
+    ],
+)
+def test_settings_that_cannot_do_what_they_say_are_named(changes, named):
+    values = load_config_file(str(ROOT / "configs/tldr.py"))
+    for key, text in changes.items():
+        apply_override(values, key, text)
+    said = doubts(from_config_dict(values))
+    assert len(said) == (named is not None) and all(named in text for text in said), said
+
+
+@pytest.mark.parametrize(
+    ("then", "num_steps", "rises"),
+    [(100, 100, False), (100, 200, True), (200, 100, False), (100, 101, False)],
+)
+def test_a_rate_that_rises_where_a_run_is_resumed_is_said(then, num_steps, rises):
+    schedule = lambda steps: make_schedule("linear", learning_rate=1e-3, warmup_steps=10, num_steps=steps)
+    said = []
+    stage = SimpleNamespace(name="DPO", num_steps=num_steps, schedule=schedule(num_steps))
+    saved = {"num_steps": then, "optim": {"schedule": "linear", "learning_rate": 1e-3, "warmup_steps": 10}}
+    stages._warn_of_rising_rate(SimpleNamespace(say=said.append), stage, {"config": saved, "step": 90})
+    assert bool(said) == rises
+    stages._warn_of_rising_rate(SimpleNamespace(say=said.append), stage, {"config": saved, "step": 5})
+    assert bool(said) == rises  # a warmup rises by itself

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import model_folders
 import numpy as np
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from runs import ROOT, environment
 
 from dpojax import convert, generate, sampling, score, sharding
 from dpojax.data.tokens import load_tokenizer
+from dpojax.main import main
 from dpojax.models import hf
 
 PROMPTS = ["Once upon a time", "Lily and Tom went to", "The little dog"]
@@ -204,6 +206,55 @@ def test_scores_are_the_log_probs_of_a_plain_forward_and_rewards_follow(tmp_path
         "empty_response": 1
     }
     assert "accuracy" in capfd.readouterr().out
+
+
+def test_two_models_are_compared_only_where_ids_mean_the_same_to_both(tmp_path, files, capsys):
+    base = model_folders.make_model(tmp_path / "base", files)
+    pairs = model_folders.write_pairs(tmp_path / "pairs.jsonl")
+    tokenizer = load_tokenizer(str(base))
+    texts = [" ".join(row) for row in model_folders.ROWS]
+    used = {i for text in texts for i in (*tokenizer.encode_prompt(text), *tokenizer.encode_continuation(text))}
+    plain = [i for i in range(tokenizer.vocab_size) if tokenizer.piece(i).isalpha()]
+    common, rare = [i for i in plain if i in used], [i for i in plain if i not in used]
+    others = {
+        "same": lambda folder: None,
+        "rare": lambda folder: model_folders.renumber(folder, [rare[:2]]),
+        "json": model_folders.as_json,
+        "renumbered": lambda folder: model_folders.renumber(folder, [(common[0], rare[0])]),
+    }
+    for name, change in others.items():
+        other = model_folders.make_model(tmp_path / name, files)
+        change(other)
+        flags = [f"--model={base}", f"--ref={other}", f"--data={pairs}", f"--out={tmp_path / 'out.jsonl'}"]
+        code = 2 if name == "renumbered" else 0
+        assert score.main(flags) == code, (name, capsys.readouterr().err)
+        if code:
+            assert "do not share a tokenizer" in capsys.readouterr().err
+            training = model_folders.training(files, tmp_path / "run", pairs, **{"model.init": base, "reference.init": other})
+            for mode in ("live", "cached"):
+                assert main([*training, f"--config.reference.mode={mode}"]) == 2
+                assert "reference.init" in (said := capsys.readouterr().err) and "tokenizer" in said
+        else:
+            assert all(r["chosen_reward"] == 0 for r in rows(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.slow
+def test_pieces_past_the_embedding_that_no_row_holds_do_not_count(tmp_path, files, capsys):
+    vocab_size = load_tokenizer(str(files)).vocab_size
+    pairs = model_folders.write_pairs(tmp_path / "pairs.jsonl")
+    short = model_folders.make_model(tmp_path / "short", files, vocab_size=vocab_size - 1)
+    flags = [f"--model={short}", f"--data={pairs}", f"--out={tmp_path / 'out.jsonl'}"]
+    assert score.main(flags) == 0 and main(model_folders.training(files, tmp_path / "run", pairs, **{"model.init": short})) == 0
+    assert generate.main([f"--model={short}", "--prompt=Hi", f"--out={tmp_path / 'out'}", "--max_new_tokens=4"]) == 0
+    capsys.readouterr()
+    tiny_one = model_folders.make_model(tmp_path / "tiny", files, vocab_size=100)
+    flags[0] = f"--model={tiny_one}"
+    for function, argv in (
+        (score.main, flags),
+        (main, model_folders.training(files, tmp_path / "no", pairs, **{"model.init": tiny_one})),
+    ):
+        assert function(argv) == 2
+        assert "holds the token id" in capsys.readouterr().err
 
 
 def test_candidates_are_ranked_in_their_own_order(tmp_path, stories, loaded):

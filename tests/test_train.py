@@ -14,6 +14,7 @@ import tiny
 from dpojax.data.packing import TokenPair, visible
 from dpojax.logps import token_logps
 from dpojax.losses import LOG2
+from dpojax.metrics import accuracy_and_margin
 from dpojax.objectives import make_loss
 from dpojax.train import (
     PairResults,
@@ -272,6 +273,7 @@ def test_diagnostics_are_those_computed_by_hand():
     expected = {
         "rewards/accuracies": np.mean(margin > 0),
         "objective/accuracy": np.mean(r.margin > 0),
+        "objective/margins": np.mean(r.margin),
         "displacement": np.mean(r.policy_chosen < r.ref_chosen),
         "lengths/chosen": r.chosen_lengths.mean(),
         "rewards/accuracies_chosen_longer": np.mean(margin[longer > 0] > 0),
@@ -299,6 +301,14 @@ def test_unpaired_metrics_go_by_the_label():
     np.testing.assert_allclose(found["rewards/rejected"], r.chosen_rewards[~good].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["logps/rejected"], r.policy_chosen[~good].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["kl"], max(0.0, (r.policy_rejected - r.ref_rejected).mean()), rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_of_one_label_has_no_margin_and_its_line_has_none():
+    r = results(label=np.ones(9, np.float32))
+    found = {k: float(v) for k, v in pair_scalars(r, unpaired=True, mismatched=True).items()}
+    assert np.isnan(found["rewards/margins"]) and np.isnan(found["logps/rejected"])
+    line = accuracy_and_margin(found)
+    assert "accuracy" in line and "nan" not in line and "margin" not in line
 
 
 @pytest.mark.parametrize("label", ["sigmoid", "ld_dpo"])

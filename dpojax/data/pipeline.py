@@ -27,6 +27,8 @@ from dpojax.data.packing import (
 )
 from dpojax.errors import ConfigError, DataError, DpojaxError
 
+MOST_PADDED_TOKENS = 4096  # a row longer than its step's groups and than this is a slip of the hand
+MOST_REPEATED_GROUPS = 1024  # so is a step that holds its data many times over and more groups than this
 RefLookup = Callable[[int, Sequence[int]], tuple[np.ndarray, ...]]  # (source row, |y_k|) -> cached token log-probs
 
 
@@ -98,6 +100,14 @@ def _with_masks(group: TokenGroup) -> tuple[np.ndarray, ...]:
     return tuple(np.ones(len(r), bool) for r in group.responses) if group.counted is None else group.counted
 
 
+def _check_repeats(setting: str, value: int, groups: int, held: int) -> None:
+    """Raises ConfigError where a step of `groups` groups would hold each of the data's `held` ones many times."""
+    if groups > max(MOST_REPEATED_GROUPS, 16 * held):
+        raise ConfigError(
+            f"{setting}={value}: the data has {held:,} groups, of which a step would hold each {groups // held:,} times; lower it"
+        )
+
+
 def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:
     """How many groups make a step of `batch_size` pairs.
 
@@ -106,10 +116,13 @@ def groups_per_step(index: Index, *, batch_size: int, batch_groups: int) -> int:
     """
     counts = np.diff(index.pair_offsets)
     if counts.min() != counts.max():
-        return batch_groups or max(1, round(batch_size / counts.mean()))
+        groups = batch_groups or max(1, round(batch_size / counts.mean()))
+        _check_repeats("batch_groups" if batch_groups else "batch_size", batch_groups or batch_size, groups, len(counts))
+        return groups
     if batch_groups:
         raise ConfigError(f"batch_groups={batch_groups}: every group holds {counts.min()} pairs; set batch_size alone")
     per_group = max(1, int(counts.min()))
+    _check_repeats("batch_size", batch_size, batch_size // per_group, len(counts))
     if batch_size % per_group:
         fixed = -(-batch_size // per_group) * per_group
         raise ConfigError(f"batch_size={batch_size}: it must be a multiple of the {per_group} pairs per group, e.g. {fixed}")
@@ -180,7 +193,8 @@ class Steps:
         found = []
         for length, slots in candidates:
             used = [len(plan) for plan in self.plans(length, slots, row_groups)]
-            for rows in range(1, max(1, most_tokens // length) + 1):
+            most_rows = min(max(1, most_tokens // length), max(1, *used))  # more than are used are padding alone
+            for rows in range(1, most_rows + 1):
                 found.append((self.cost(used, rows, length, slots), length, rows, slots))
         return min(found, key=lambda f: f[0])
 
@@ -199,7 +213,7 @@ def _slot_candidates(lengths: Lengths, most_tokens: int, row_tokens: int) -> lis
     least_x = -(-int(lengths.prompts.max()) // 128) * 128
     least_y = -(-max(max(ys) for ys in lengths.responses) // 128) * 128
     limit, found = max(row_tokens or most_tokens, least_x + lanes * least_y), []
-    for y in range(least_y, limit // lanes + 1, 128):
+    for y in range(least_y, min(limit, 4096) // lanes + 1, 128):
         middle = round(y * mean_x / mean_y / 128) * 128
         for x in sorted({max(least_x, middle + d) for d in (-256, -128, 0, 128)}):
             length = x + lanes * y
@@ -239,11 +253,17 @@ def make_shape(
     longest = int(max(t.max() for t in totals))
     if row_tokens and row_tokens < longest:
         raise ConfigError(f"data.row_tokens={row_tokens}: the longest group has {longest} tokens; raise it or lower the limits")
+    most = num_groups * longest  # of a step
+    if row_tokens > max(MOST_PADDED_TOKENS, most):
+        raise ConfigError(
+            f"data.row_tokens={row_tokens}: the groups of a step have {most} tokens at most, so that the rest of a row is padding; "
+            "lower it, or set 0"
+        )
     common = dict(num_groups=num_groups, num_shards=num_shards, work=work, longest=sequence)
     slots, row_groups = None, 0
     if layout == "separate":
         length = row_tokens or -(-longest // 128) * 128
-        rows = max(1, micro_batch_tokens // length)
+        rows = min(max(1, micro_batch_tokens // length), num_groups * lanes)
     else:
         steps = Steps(lengths[0], **common)
         best = None

@@ -265,7 +265,8 @@ class _Decoder(_Rows):
             out_axes=0,
             length=config.num_layers,
         )
-        x = jnp.take(w["embed"], tokens, axis=0)
+        # A padding id may lie past the table; "fill" would make it NaN, which masks of 0 do not stop.
+        x = jnp.take(w["embed"], tokens, axis=0, mode="clip")
         if config.embed_scale != 1:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if config.positions == "learned":

@@ -60,7 +60,8 @@ INERT = {
     ),
     *("return_dict_in_generate", "tie_encoder_decoder", "torchscript", "tf_legacy_loss", "use_bfloat16"),
 }
-# Fields that must have these values: anything else would change the forward pass.
+# Fields that must have these values in the families whose code reads them (`Family.refused`): others would change the forward
+# pass there. Elsewhere transformers ignores them, and so does this.
 NEUTRAL: dict[str, tuple] = {
     "sliding_window": (None,),
     "layer_types": (None,),
@@ -84,6 +85,7 @@ NEUTRAL: dict[str, tuple] = {
     "router_jitter_noise": (0, None),
     "quantization_config": (None,),
 }
+REFUSED_EVERYWHERE = ("quantization_config", "pruned_heads")
 REQUIRED = object()
 
 
@@ -113,6 +115,7 @@ class Family(NamedTuple):
     windows: Callable[["Fields", int], tuple[int, ...]] | None = None
     rope: Callable[["Fields", dict], dict[str, Any]] | None = None
     inert: Collection[str] = ()  # fields that say nothing in this family
+    refused: Collection[str] = ()  # fields of NEUTRAL that its code reads, and that are computed at these values alone
     finish: Callable[[dict], dict] = lambda values: values  # what follows from the fields together
 
 
@@ -151,10 +154,13 @@ class Fields:
             raise ConfigError(f"{self.path}: {name} is null; it must be a number")
         return float(value)
 
-    def check_rest(self, inert: Collection[str], ignore: Collection[str]) -> None:
+    def check_rest(self, family: Family, ignore: Collection[str]) -> None:
         """Raises ConfigError for the first field that was not read and is not known to be harmless."""
+        refused = {*REFUSED_EVERYWHERE, *family.refused}
         for name, value in self.values.items():
-            if name in self.taken or name in INERT or name in inert or name in ignore:
+            if name in self.taken or name in INERT or name in family.inert or name in ignore:
+                continue
+            if name in NEUTRAL and name not in refused:
                 continue
             if name not in NEUTRAL:
                 raise ConfigError(
@@ -238,19 +244,25 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
     return scaling, hard
 
 
-def _rope(
-    fields: Fields, known: dict, *, theta="rope_theta", default_theta=10000.0, part="partial_rotary_factor", default_part=1.0
-):
-    """rope_theta, rope_scaling and rotary_dim, in the new spelling (rope_parameters) or the old one."""
+def _rope(fields: Fields, known: dict, *, theta="rope_theta", default_theta=10000.0, part="", default_part=1.0):
+    """rope_theta, rope_scaling and rotary_dim, in the new spelling (rope_parameters) or the old one.
+
+    Args:
+      theta: the field of the base.
+      part: the field of the share of a head that is turned; "": the family's code turns all of it, whatever a file says.
+    """
     new = fields.take(Field("rope_parameters", dict, None))
     old = fields.take(Field("rope_scaling", dict, None))
-    given = new if new is not None else old or {}
-    base = fields.take_float(theta, default_theta)
-    share = fields.take_float(part, default_part)
+    given = old or new or {}
     inner = Fields(given, fields.path)
-    base = inner.take_float("rope_theta", base)
-    share = inner.take_float("partial_rotary_factor", share)
+    base = inner.take_float("rope_theta", fields.take_float(theta, default_theta))
+    share = 1.0
+    if part:
+        share = inner.take_float("partial_rotary_factor", fields.take_float(part, default_part))
     scaling, hard = _scaling(fields, given, known)
+    stretched = scaling is not None or hard  # transformers' code of these kinds reads the share in every family, and fails
+    if stretched and not part and fields.values.get("partial_rotary_factor", given.get("partial_rotary_factor", 1)) != 1:
+        raise ConfigError(f"{fields.path}: partial_rotary_factor with a rotary scaling is not computed for this family")
     found = {"rope_theta": float(base), "rope_scaling": scaling, "hard_max_positions": hard}
     if hard and scaling is not None:
         found["max_positions"] = scaling.original_max_positions
@@ -267,6 +279,10 @@ def _neox_rope(fields: Fields, known: dict) -> dict[str, Any]:
 def _gptj_rope(fields: Fields, known: dict) -> dict[str, Any]:
     del known
     return {"rope_theta": 10000.0, "rotary_dim": fields.take(Field("rotary_dim", int, 64))}
+
+
+def _phi3_rope(fields: Fields, known: dict) -> dict[str, Any]:
+    return _rope(fields, known, part="partial_rotary_factor")
 
 
 def _mixtral_rope(fields: Fields, known: dict) -> dict[str, Any]:
@@ -485,6 +501,7 @@ def _moe_names(experts: str, gate: str, up: str, down: str, router: str) -> dict
     return _llama_names(**names, router=f"{LAYER}{router}")
 
 
+BOTH_WAYS = ("use_bidirectional_attention",)
 MISTRAL = Family({**COMMON}, LLAMA, LLAMA_NAMES, _all_windows(4096), _rope)
 QWEN2 = Family(COMMON, {**LLAMA, "attention_bias": True, "output_bias": False}, LLAMA_NAMES, _qwen_windows, _rope)
 EXPERTS = {"experts_per_token": Field("num_experts_per_tok", int, 2)}
@@ -506,7 +523,7 @@ FAMILIES: dict[str, Family] = {
             **{x: Source(f"{LAYER}mlp.gate_up_proj", ("gate", "up")) for x in ("gate", "up")},
         ),
         _all_windows(None),
-        _rope,
+        _phi3_rope,
     ),
     "olmo2": Family(
         {**COMMON, "attention_bias": BIAS, "norm_eps": Field("rms_norm_eps", NUMBER, 1e-5)},
@@ -520,6 +537,7 @@ FAMILIES: dict[str, Family] = {
         LLAMA_NAMES,
         rope=_rope,
         inert=("hidden_activation",),
+        refused=BOTH_WAYS,
         finish=_gemma,
     ),
     "gemma2": Family(
@@ -533,6 +551,7 @@ FAMILIES: dict[str, Family] = {
         _gemma2_windows,
         _rope,
         ("hidden_act", "sliding_window_size"),
+        BOTH_WAYS,
         _gemma2,
     ),
     "gemma3_text": Family(
@@ -546,6 +565,7 @@ FAMILIES: dict[str, Family] = {
         _gemma3_windows,
         _gemma3_rope,
         ("hidden_act",),
+        BOTH_WAYS,
         _gemma2,
     ),
     "mixtral": Family(
@@ -554,6 +574,7 @@ FAMILIES: dict[str, Family] = {
         _moe_names("block_sparse_moe.experts", "w1", "w3", "w2", "block_sparse_moe.gate"),
         _all_windows(None),
         _mixtral_rope,
+        refused=("router_jitter_noise",),
     ),
     "qwen3_moe": Family(
         {
@@ -569,6 +590,7 @@ FAMILIES: dict[str, Family] = {
         _qwen_moe_windows,
         _rope,
         ("intermediate_size", "max_window_layers"),
+        ("decoder_sparse_step", "mlp_only_layers"),
     ),
     "gpt2": Family(
         _gpt_fields(),
@@ -582,6 +604,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1.0,
         },
         _gpt2_names(),
+        refused=(*("add_cross_attention", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx", "scale_attn_weights"),),
     ),
     "gptj": Family(
         _gpt_fields(tied=False),
@@ -674,5 +697,5 @@ def model_config(values: dict[str, Any], path: pathlib.Path, ignore: Collection[
         raise
     except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError) as error:
         raise ConfigError(f"{path}: {_in_their_words(str(error), family)}") from error
-    fields.check_rest(family.inert, ignore)
+    fields.check_rest(family, ignore)
     return config

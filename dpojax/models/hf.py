@@ -3,6 +3,7 @@
 Both ways go tensor by tensor: the host holds a part of one tensor at a time, beside the arrays themselves.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,8 +33,28 @@ MAX_RANK = 8  # dimensions of a tensor; no parameter has more than three
 
 
 def read_config(folder: pathlib.Path, ignore: Collection[str] = ()) -> ModelConfig:
-    """The decoder that a directory's config.json describes; see `families.model_config`."""
-    return model_config(read_fields(folder), folder / "config.json", ignore)
+    """The decoder that a directory describes: its config.json (see `families.model_config`), and whether it stores a head."""
+    config = model_config(read_fields(folder), folder / "config.json", ignore)
+    untied = config.tie_embeddings and _holds_another_head(folder, config)
+    return dataclasses.replace(config, tie_embeddings=False) if untied else config
+
+
+def _holds_another_head(folder: pathlib.Path, config: ModelConfig) -> bool:
+    """Whether a directory of tied embeddings stores a head that differs from its table: transformers uses both then."""
+    if not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        return False
+    names, tensors = FAMILIES[config.family].names, Directory(folder).tensors
+    table, head = (tensors.get(f"{names[x].name}.weight") for x in ("embed", "unembed"))
+    if table is None:  # a file of the bare model
+        table = tensors.get(f"{names['embed'].name.split('.', 1)[-1]}.weight")
+    if table is None or head is None:
+        return False
+    rows = max(1, PART_BYTES // max(1, table[:1].nbytes))
+    same = table.shape == head.shape and all(
+        np.array_equal(table[i : i + rows].astype(np.float32), head[i : i + rows].astype(np.float32))
+        for i in range(0, len(table), rows)
+    )
+    return not same
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------

@@ -265,14 +265,20 @@ def on_mesh(kernel: Kernel, mesh: Mesh, rows: tuple[str, ...], heads: tuple[str,
     def attend(q, k, v, where, window=None, *, softcap=None):
         spread_over = heads if q.shape[2] % count == 0 else ()
         size = count if spread_over else 1
-        if k.shape[2] % size:  # fewer key heads than devices: each device holds the one that its queries take
-            times = math.lcm(k.shape[2], size) // k.shape[2]
-            k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
-        split = P(rows, None, spread_over or None)
-        if window is None:
-            one = lambda q, k, v, where: kernel.attend(q, k, v, where, softcap=softcap)
-            return mapped(one, in_specs=(split, split, split, own), out_specs=split)(q, k, v, where)
-        one = lambda q, k, v, where, window: kernel.attend(q, k, v, where, window, softcap=softcap)
-        return mapped(one, in_specs=(split, split, split, own, P()), out_specs=split)(q, k, v, where, window)
+        split, keys = P(rows, None, spread_over or None), P(rows, None, spread_over or None)
+        times = math.lcm(k.shape[2], size) // k.shape[2]
+        if times > 1:  # fewer key heads than devices: each device has all of them, and takes those of its queries
+            keys = own
+
+        def attend_here(q, k, v, where, *window):
+            if times > 1:
+                held = k.shape[2] * times // size
+                place = jax.lax.axis_index(spread_over) * held + jnp.arange(held)
+                k, v = (jnp.take(x, place // times, axis=2) for x in (k, v))
+            return kernel.attend(q, k, v, where, *window, softcap=softcap)
+
+        inputs = (q, k, v, where) if window is None else (q, k, v, where, window)
+        specs = (split, keys, keys, own, P())[: len(inputs)]
+        return mapped(attend_here, in_specs=specs, out_specs=split)(*inputs)
 
     return Kernel(lambda where: mapped(kernel.prepare, in_specs=own, out_specs=own)(where), attend)

@@ -44,6 +44,11 @@ def adapter_rows(config: ModelConfig, targets: str, rank: int) -> list[ParamRow]
     rows = []
     for row in target_rows(config, targets):
         inputs, outputs = row.map_shape
+        widest = max(math.prod(inputs), math.prod(outputs))
+        if rank > widest:
+            raise ValueError(
+                f"lora.rank is {rank}; it must be at most {widest}, the width of {row.name}, which no rank exceeds"
+            )
         rows.append(ParamRow(row.name + LORA_A, (*inputs, rank), (*row.axes[: row.in_dims], "lora"), "normal", row.in_dims))
         rows.append(ParamRow(row.name + LORA_B, (rank, *outputs), ("lora", *row.axes[row.in_dims :]), "zeros", 1))
     return rows
@@ -70,6 +75,19 @@ def init_adapters(key, rows: Sequence[ParamRow], num_layers: int, dtype) -> dict
 def join(base: Any, adapters: Any) -> Any:
     """The policy's tree: the base's and the adapters' leaves, none copied."""
     return {**base, "layers": {**base["layers"], **adapters["layers"]}}
+
+
+def stack(under: Any, under_scale: float, over: Any, scale: float) -> tuple[Any, float]:
+    """Two sets of adapters as one of their summed rank, with the scale of the second: s1 A1 B1 + s2 A2 B2 = s2 A B."""
+    layers = {}
+    for name in sorted({*under["layers"], *over["layers"]}):
+        rank_axis = -1 if name.endswith(LORA_A) else 1
+        below, above = under["layers"].get(name), over["layers"].get(name)
+        if below is not None and name.endswith(LORA_B):
+            below = below * (under_scale / scale)
+        parts = [x for x in (below, above) if x is not None]
+        layers[name] = jnp.concatenate(parts, axis=rank_axis) if len(parts) > 1 else parts[0]
+    return {"layers": layers}, scale
 
 
 def merge(params: Any, config: ModelConfig, scale: float) -> Any:

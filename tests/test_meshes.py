@@ -1,0 +1,84 @@
+"""Any model on any mesh: a step's loss and gradient are those of one device, or an error that names the setting."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from dpojax import sharding
+from dpojax.errors import ConfigError
+from dpojax.objectives import make_loss
+from dpojax.policy import place_decoder
+from dpojax.train import new_state, preference_gradients
+
+OPTIMIZER = optax.sgd(0.0)
+# Heads, key-value heads, vocabulary (61 is prime), width and experts that the axes of the meshes divide, or do not.
+MODELS = {
+    "grouped": dict(num_heads=8, num_kv_heads=4),
+    "one key head": dict(num_heads=8, num_kv_heads=1),
+    "nothing divides": dict(num_heads=6, num_kv_heads=3, hidden_size=36, intermediate_size=50, tie_embeddings=True),
+    "experts": dict(num_heads=4, num_kv_heads=2, num_experts=5, experts_per_token=2, renormalise_experts=True),
+}
+MESHES = {
+    "tensor 8": dict(tensor=8),
+    "tensor 4, fsdp 2": dict(tensor=4, fsdp=2),
+    "tensor 2, data 4": dict(tensor=2, data=4),
+    "fsdp 8": dict(fsdp=8),
+    "sequence 4, tensor 2": dict(sequence=4, tensor=2),
+    "sequence 8": dict(sequence=8),
+}
+
+
+def step(config, mesh):
+    """(loss, gradients) of one step of four pairs on the mesh."""
+    model = place_decoder(config, mesh, sharding.RULES, dtype="float32", param_dtype="float32", remat="none")
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(abstract, model.axes, mesh, sharding.RULES)
+    params = jax.jit(tiny.model(config).init)(jax.random.key(0))
+    params = jax.device_put(jax.device_get(params), shardings)
+    shards = sharding.num_shards(mesh)
+    made = tiny.groups(np.random.default_rng(0), 4, longest=20)
+    batch, _ = tiny.pack(made, row_tokens=128, shard_rows=1, num_shards=shards)
+    put = sharding.put_batch(batch, mesh)
+    gradients = preference_gradients(model, make_loss("sigmoid", beta=0.5, sft_weight=1.0), chunk=16)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, shardings)
+
+    @jax.jit
+    def run(params, ref, batch):
+        state = new_state(OPTIMIZER, params)
+        found = gradients(state, ref, batch, np.bool_(True), constrain)
+        return found.loss, found.grads, found.scalars
+
+    ref = jax.tree.map(lambda x: x + 0.01, params)
+    return jax.device_get(run(params, ref, put))
+
+
+@functools.cache
+def alone(name):
+    """The step on one device."""
+    config = dataclasses.replace(tiny.CONFIG, **MODELS[name])
+    return step(config, sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_on_a_mesh_is_that_of_one_device(name, mesh):
+    config = dataclasses.replace(tiny.CONFIG, **MODELS[name])
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, **MESHES[mesh]}
+    if config.num_experts and sizes.get("sequence", 1) > 1:
+        with pytest.raises(ConfigError, match="sequence"):
+            step(config, sharding.make_mesh(**sizes))
+        return
+    loss, grads, scalars = step(config, sharding.make_mesh(**sizes))
+    want_loss, want_grads, want_scalars = alone(name)
+    assert loss == pytest.approx(want_loss, abs=1e-5)
+    norm = optax.tree.norm(want_grads)
+    difference = jax.tree.map(np.subtract, grads, want_grads)
+    assert optax.tree.norm(difference) <= 1e-5 * norm
+    for key, value in want_scalars.items():
+        np.testing.assert_allclose(scalars[key], value, atol=1e-4, err_msg=key)
