@@ -67,6 +67,21 @@ class Parser(argparse.ArgumentParser):
             self.error(f"not understood: {' '.join(unknown)}{self.nearest(unknown[0])}")
         return found
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The command line, and the arguments that are not understood."""
+        found, unknown = super().parse_known_args(args, namespace)
+        self._refuse_dashes(found)
+        return found, unknown
+
+    def _refuse_dashes(self, found: argparse.Namespace) -> None:
+        """Until Python 3.13 argparse takes `--flag=--` for an empty list of values."""
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            repeated = isinstance(action.default, list)
+            values = value if repeated and isinstance(value, list) else [value]
+            if any(isinstance(v, list) for v in values):
+                self.error(f"argument {action.option_strings[0]}: '--' is no value")
+
     def nearest(self, flag: str) -> str:
         """`did_you_mean` of this parser's flags."""
         flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]

@@ -1,9 +1,12 @@
 """What strangers wrote: JSON of every kind, numbers, weights, adapters, packed files. Each ends in a sentence and its code."""
 
+import ast
 import dataclasses
 import gzip
+import itertools
 import json
 import math
+import os
 import pathlib
 import shutil
 import typing
@@ -11,12 +14,13 @@ import typing
 import pytest
 
 from dpojax import config as settings
+from dpojax import main, metrics, plan, sweep
 from dpojax.config import apply_override, from_config_dict, load_config_file, to_dict
 from dpojax.data import records, tokens, triples
-from dpojax.errors import ConfigError, DpojaxError
+from dpojax.errors import ConfigError, DataError, DpojaxError
 from dpojax.models import hf, peft
-from dpojax.plain_data import MAX_FLOAT32, MAX_INT32, number_fault
-from dpojax.weights import read_shape
+from dpojax.plain_data import MAX_DEPTH, MAX_FLOAT32, MAX_INT32, number_fault, parse_json
+from dpojax.weights import open_weights, read_shape
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -348,3 +352,276 @@ def test_every_setting_of_another_type_is_a_config_error():
                 from_config_dict(tree)
             except ConfigError as error:
                 assert len(str(error)) < 3000
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "pair": {"chosen": "c", "rejected": "d"},
+    "ids": {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    "ranked": {"responses": ["e", "f"], "scores": [1, 2]},
+    "labelled": {"completion": "g", "label": True},
+    "labelled list": {"completions": ["h", "i"], "labels": [True, False]},
+    "SFT": {"response": "j"},
+}
+
+
+@pytest.mark.parametrize("kind", ["pairs", "sft", "unpaired", "score"])
+def test_a_row_of_two_shapes_is_an_error_that_names_both(kind):
+    reader = triples.RowReader("", kind)
+    for (a, first), (b, second) in itertools.combinations(SHAPES.items(), 2):
+        row = {"prompt": "p", **first, **second}
+        with pytest.raises(DataError) as error:
+            reader.read(row, "x.jsonl:7")
+        assert "x.jsonl:7" in str(error.value), (a, b)
+        assert any(repr(k) in str(error.value) for k in first), (a, b)
+        assert any(repr(k) in str(error.value) for k in second), (a, b)
+        # A null column is an absent one.
+        absent = {k: None for k in second}
+        if a == "pair" and kind != "unpaired":
+            assert reader.read({"prompt": "p", **first, **absent}, "x.jsonl:7").responses
+    with pytest.raises(DataError, match="'scores' and 'ranks'"):
+        reader.read({"prompt": "p", "responses": ["e", "f"], "scores": [1, 2], "ranks": [1, 2]}, "x:1")
+
+
+def test_a_half_of_a_shape_beside_another_is_ambiguous_too():
+    for extra in ({"chosen": "c"}, {"rejected": "c"}, {"chosen_ids": [1]}, {"responses": ["a"]}):
+        with pytest.raises(DataError, match="two shapes"):
+            triples.RowReader("").read({"prompt": "p", "completion": "x", **extra}, "x:1")
+
+
+@pytest.mark.parametrize("column", ["weight", "soft_label", "margin", "score_chosen"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", True, [], 10**400, 1e39, -1e300], ids=range(8))
+def test_a_number_of_a_column_is_one_that_float32_holds(column, value):
+    row = {"prompt": "p", "chosen": "c", "rejected": "d", "score_rejected": 0.0, "score_chosen": 1.0, column: value}
+    with pytest.raises((DataError, triples.Dropped)) as error:
+        triples.RowReader("").read(row, "x:1")
+    large = value in (10**400, 1e39, -1e300)
+    if isinstance(error.value, DataError):
+        assert "x:1" in str(error.value) and repr(column) in str(error.value)
+    else:
+        assert large and error.value.reason == "too_large"
+
+
+@pytest.mark.parametrize("value", [2**31, 2**70, -1, 1.0, True, "1", None])
+def test_a_token_id_is_one_that_int32_holds(value):
+    with pytest.raises(DataError, match="x:1: column 'chosen_ids'"):
+        triples.RowReader("").read({"prompt_ids": [1], "chosen_ids": [value], "rejected_ids": [2]}, "x:1")
+
+
+@pytest.mark.parametrize("blank", [b"", b" " * 5000, b"\t\t\r", "\u00a0\u2003".encode(), b" " * 17])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_line_of_white_space_is_blank_whatever_its_length(tmp_path, blank, ending):
+    row = b'{"prompt":"p","chosen":"c","rejected":"d"}'
+    text = b"\n".join([blank, row, blank, b"  " + row, blank])
+    path = write(tmp_path / f"x{ending}", gzip.compress(text) if ending.endswith("gz") else text)
+    opened = records.open_records(str(path))
+    assert [opened.where(i).rpartition(":")[2] for i in range(opened.size)] == ["2", "4"]
+    assert opened.get(0) == opened.get(1) == json.loads(row)
+
+
+def test_json_lines_under_the_name_json_and_the_other_way_round_say_what_to_do(tmp_path):
+    row = b'{"prompt":"p","chosen":"c","rejected":"d"}\n'
+    for content in (row * 3, b"\n" + row * 2, b"\xef\xbb\xbf" + row):
+        with pytest.raises(DataError, match=r"name it \.jsonl"):
+            read_data(tmp_path / "x.json", content)
+    with pytest.raises(DataError, match=r"is a \.json file"):
+        read_data(tmp_path / "x.jsonl", b"[" + row.strip() + b"]\n")
+
+
+def test_a_packed_file_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path, monkeypatch):
+    bomb = gzip.compress(b"\n" * (80 * 2**20), 1)
+    with pytest.raises(DataError, match="times as many"):
+        read_data(tmp_path / "x.jsonl.gz", bomb)
+    monkeypatch.setattr(records, "memory_bytes", lambda: 3 * 2**20)
+    lines = b"".join(json.dumps({"prompt": str(i) * 9}).encode() + b"\n" for i in range(40_000))
+    with pytest.raises(DataError, match="third of the memory"):
+        read_data(tmp_path / "y.jsonl.gz", gzip.compress(lines, 1))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": ["x" * 1000] * 5000})
+    pyarrow.parquet.write_table(table, tmp_path / "z.parquet")
+    assert (tmp_path / "z.parquet").stat().st_size < 10_000
+    with pytest.raises(DataError, match="third of the memory"):
+        records.open_records(str(tmp_path / "z.parquet"))
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="two columns 'prompt'"):
+        records.open_records(str(tmp_path / "t.parquet"))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def save_header(path, header, size):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    return path
+
+
+def entry(start, end, shape=None, dtype="F32"):
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"a": entry(0, 8), "b": entry(0, 8)}, 8),  # the same bytes twice
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12),  # they overlap
+        ({"a": entry(0, 8), "b": entry(12, 16)}, 16),  # a gap
+        ({"a": entry(4, 8)}, 8),
+        ({"a": entry(0, 8)}, 12),  # bytes that belong to nothing
+        ({"a": entry(0, 8)}, 4),
+        ({"a": entry(-8, 0)}, 8),
+        ({"a": entry(8, 0, [2])}, 8),
+        ({"a": entry(0, 8, [-2])}, 8),
+        ({"a": entry(0, 8, [2.0])}, 8),
+        ({"a": entry(0, 8, [1] * 100 + [2])}, 8),
+        ({"a": entry(0, 8, [2**40, 2**40])}, 8),
+        ({"a": entry(0, 8, "2")}, 8),
+        ({"a": entry(0, 8, dtype="I32")}, 8),
+        ({"a": entry(0, 8, dtype=None)}, 8),
+        ({"a": {**entry(0, 8), "more": 1}}, 8),
+        ({"a": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, 8),
+        ({"a": [0, 8]}, 8),
+        ({"a": entry(0, 8), "__metadata__": {"x": 1}}, 8),
+    ],
+)
+def test_a_header_that_does_not_describe_its_file_is_a_config_error_that_names_it(tmp_path, header, size):
+    path = save_header(tmp_path / "m.safetensors", header, size)
+    with pytest.raises(ConfigError, match=r"m\.safetensors: "):
+        hf.open_safetensors(path)
+
+
+def test_pipes_and_folders_in_the_place_of_files_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in (hf.SINGLE, hf.INDEX, "config.json", "data.jsonl", "t.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "adapter").mkdir()
+    os.mkfifo(tmp_path / "adapter" / peft.CONFIG)
+    calls = [
+        lambda: hf.open_safetensors(tmp_path / hf.SINGLE),
+        lambda: hf.Directory(tmp_path),
+        lambda: hf.read_config(tmp_path),
+        lambda: records.open_records(str(tmp_path / "data.jsonl")),
+        lambda: open_weights(str(tmp_path / "pipe")),
+        lambda: read_shape(str(tmp_path / "pipe")),
+        lambda: load_config_file(str(tmp_path / "t.json")),
+        lambda: peft.read_settings(tmp_path / "adapter"),
+    ]
+    for call in calls:
+        with pytest.raises(DpojaxError):
+            call()
+
+
+def test_an_index_and_its_files_must_agree(tmp_path):
+    for name in ("a", "b"):
+        save_header(tmp_path / f"{name}.safetensors", {"x": entry(0, 8)}, 8)
+    for where, words in (
+        ({"x": "a.safetensors", "y": "a.safetensors"}, "'y'.*missing"),
+        ({"x": "a.safetensors", "z": "b.safetensors"}, "'x' too|'z'.*missing"),
+        ({"x": "../a.safetensors"}, "plain name"),
+        ({"x": "c.safetensors"}, "c.safetensors"),
+    ):
+        (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": where}))
+        with pytest.raises(ConfigError, match=words):
+            hf.Directory(tmp_path)
+
+
+def write_adapter(folder, base, **values):
+    folder.mkdir(exist_ok=True)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base, **values}
+    (folder / peft.CONFIG).write_text(json.dumps(settings))
+    return folder
+
+
+def test_adapters_that_stand_on_one_another_are_an_error(tmp_path):
+    write_adapter(tmp_path / "a", "../b")
+    write_adapter(tmp_path / "b", str(tmp_path / "a"))
+    write_adapter(tmp_path / "self", "../self")
+    for number in range(40):
+        write_adapter(tmp_path / f"c{number}", f"../c{number + 1}")
+    for name in ("a", "self", "c0"):
+        with pytest.raises(ConfigError, match="stand on one another"):
+            open_weights(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"r": v} for v in (0, -1, 1.5, True, "4", 2**31, None)),
+        *({"lora_alpha": v} for v in (0, "8", 1e39, None, True)),
+        *({"rank_pattern": v} for v in ({"q_proj": 0}, {"q_proj": "4"}, [1])),
+        *(
+            {"alpha_pattern": v}
+            for v in ({"q": "x"}, {"(a+)+": 1}, {r"((\w|\.)+)+!": 1}, {"[": 1}, {".*" * 9: 1}, {"a" * 999: 1})
+        ),
+        {"use_rslora": "yes"},
+        {"base_model_name_or_path": 5},
+        {"base_model_name_or_path": "x" * 5000},
+    ],
+)
+def test_an_adapter_that_cannot_be_names_its_field(tmp_path, values):
+    folder = write_adapter(tmp_path / "a", "../base", **values)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: .*{next(iter(values))}"):
+        peft.base_folder(folder, peft.read_settings(folder))
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_config_runs_code_only_where_the_command_line_allows_it(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w').write('x')\ndef f(x, *, beta): return -x.h * beta\n"
+    )
+    plain = to_dict(from_config_dict(load_config_file("configs/tldr.py")))
+    spec, path = f"{tmp_path}/mine.py:f", tmp_path / "run.json"
+    for setting, text in (("loss.name", spec), ("loss.name", f"0.5*sigmoid+0.5*{spec}"), ("sample.reward", spec)):
+        section, name = setting.split(".")
+        path.write_text(json.dumps({**plain, section: {**plain[section], name: text}}))
+        for module in (main, plan, sweep):
+            place = "--topology=v5e:1" if module is plan else "--workdir=/dev/null/x"
+            grid = ["--sweep.seed=1,2"] if module is sweep else []
+            assert module.main([f"--config={path}", place, *grid]) == 2
+        with pytest.raises(ConfigError, match=f"{setting}.*--allow_code"):
+            load_config_file(str(path))
+        load_config_file(str(path), overridden=[setting])  # the command line says something else
+        assert not (tmp_path / "RAN").exists()
+    path.write_text(json.dumps({**plain, "loss": {**plain["loss"], "name": spec}}))
+    from_config_dict(load_config_file(str(path), allow_code=True))
+    assert (tmp_path / "RAN").exists()
+
+
+def test_every_loader_of_code_is_behind_the_gate():
+    """Whoever reads a function's name from a setting names that setting, and it is one that plain data is searched for."""
+    loaders = []
+    for path in (ROOT / "dpojax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = getattr(node, "func", None)
+            name = getattr(called, "id", getattr(called, "attr", None))
+            if name == "load_function":
+                loaders.append(node.args[1].value)
+            if name in ("exec_module", "exec", "eval", "__import__") and path.name != "functions.py":
+                assert isinstance(called, ast.Attribute) and name == "eval", f"{path}: {name}"
+    assert loaders and set(loaders) == set(settings.CODE_SETTINGS)
+
+
+# --- what a workdir holds ---------------------------------------------------------------------------------------------
+
+
+def test_logs_of_hostile_lines_keep_the_sound_rows(tmp_path):
+    lines = [b'{"step": 1, "loss": 0.5}', *(d.replace(b"\n", b"\t") for d in HOSTILE), b'{"loss": 1}', b'{"step": 2}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    rows = metrics.MetricsLog(tmp_path, enabled=False).rows()
+    assert [r["step"] for r in rows] == [1, 2]
+
+
+def test_depth_is_bounded_and_what_lies_within_is_read():
+    assert parse_json(b'{"a":' + deep(b"[", b"]", MAX_DEPTH - 1) + b"}")
+    with pytest.raises(ValueError, match="levels deep"):
+        parse_json(b'{"a":' + deep(b"[", b"]", MAX_DEPTH) + b"}")
+    # tokenizer_config.json of many models holds this as "no limit".
+    assert parse_json(b'{"model_max_length": 1000000000000000019884624838656}')
+    assert parse_json('{"a":"\\ud83d\\ude00 \\\\u0000"}') == {"a": "\U0001f600 \\u0000"}

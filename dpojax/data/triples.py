@@ -248,9 +248,9 @@ def _ids(row: Row, key: str, where: str) -> tuple[int, ...]:
     value = row.get(key)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"{where}: column {key!r} is {value!r:.60}; it must be a list of token ids")
-    bad = next((i for i in value if type(i) is not int or not 0 <= i <= MAX_INT32), None)
-    if bad is not None:
-        raise DataError(f"{where}: column {key!r} holds {bad!r:.60}, which is no token id")
+    for token in value:
+        if type(token) is not int or not 0 <= token <= MAX_INT32:
+            raise DataError(f"{where}: column {key!r} holds {token!r:.60}, which is no token id")
     return tuple(value)
 
 
