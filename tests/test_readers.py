@@ -341,8 +341,8 @@ def test_every_setting_of_another_type_is_a_config_error():
             if isinstance(value, dict):
                 yield from leaves(value, (*place, key))
 
-    for place in leaves(plain):
-        for wrong in WRONG:
+    for number, place in enumerate(leaves(plain)):
+        for wrong in WRONG[number % 3 :: 3]:  # each setting a third of them: they are many
             tree = json.loads(json.dumps(plain))
             node = tree
             for key in place[:-1]:
