@@ -75,7 +75,8 @@ class _Child:
 
     def __init__(self):
         threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-        environ = os.environ | threads | {_INSIDE: "1", "PYTHONPATH": _package_path()}
+        alone = {_INSIDE: "1", "TOKENIZERS_PARALLELISM": "false"}
+        environ = os.environ | threads | alone | {"PYTHONPATH": _package_path()}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dpojax.sandbox"],
             stdin=subprocess.PIPE,

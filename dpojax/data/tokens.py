@@ -177,18 +177,22 @@ class JsonTokenizer:
         try:
             text = read_text(self.path)
             spec = parse_json(text)
-            self._prompt = tokenizers.Tokenizer.from_str(text)
-            continuation = _without_prefix(copy.deepcopy(spec))
-            self._continuation = tokenizers.Tokenizer.from_str(json.dumps(continuation))
+            self._prompt = self._continuation = tokenizers.Tokenizer.from_str(text)
+            continuation = _without_prefix(spec)
+            if continuation != spec:  # most have no prefix, and a second one takes its time to make
+                self._continuation = tokenizers.Tokenizer.from_str(json.dumps(continuation))
             dialogue, notes = _for_dialogues(spec, files)
-            self._chat = tokenizers.Tokenizer.from_str(json.dumps(dialogue))
             self._chat_continuation = self._continuation
             if notes:  # transformers reads dialogues by other rules than this file's
+                self._chat = tokenizers.Tokenizer.from_str(json.dumps(dialogue))
                 self._chat_continuation = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(dialogue)))
+            else:
+                self._chat = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises bare Exception
             raise ConfigError(f"tokenizer {self.path}: not a tokenizer.json ({error})") from error
         _check_decoder(spec.get("decoder"), self.path)
-        all_of_them = (self._prompt, self._continuation, self._chat, self._chat_continuation)
+        every = (self._prompt, self._continuation, self._chat, self._chat_continuation)
+        all_of_them = list({id(tokenizer): tokenizer for tokenizer in every}.values())
         added = _add_tokens(all_of_them, files)
         _find_specials(self._chat)
         for tokenizer in all_of_them:
@@ -303,7 +307,8 @@ class JsonTokenizer:
 MAX_DECODER_GROWTH = 100.0  # times the characters of the pieces; real decoders replace one by one
 # What looks like a special token in a text, and what is plain text with some models.
 CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|</?s>|</?(?:bos|eos)>|<(?:start|end)_of_turn>")
-ROLE_TEXTS = ("<|user|>", "<|assistant|>", "<|system|>")
+ROLES = "user assistant system tool human bot model prompter prompt answer question response instruction input output context"
+ROLE_TEXTS = tuple(f"<|{role}|>" for role in ROLES.split())
 MAX_RECENT_CHARACTERS = 20_000  # of a text whose ids are kept for the next time
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in the order of preference
@@ -349,7 +354,8 @@ def _without_prefix(spec: dict) -> dict:
             node["add_prefix_space"] = False
         return node
 
-    return {**spec, "normalizer": strip(spec.get("normalizer")), "pre_tokenizer": strip(spec.get("pre_tokenizer"))}
+    changed = {key: strip(copy.deepcopy(spec.get(key))) for key in ("normalizer", "pre_tokenizer")}
+    return {**spec, **changed}
 
 
 def _check_decoder(spec: Any, path: pathlib.Path) -> None:
@@ -377,7 +383,6 @@ def _for_dialogues(spec: dict, files: TokenizerFiles) -> tuple[dict, tuple[str, 
     not after special tokens.
     They know no unknown piece: what the vocabulary cannot write is left out.
     """
-    spec = copy.deepcopy(spec)
     if files.flags.get("tokenizer_class") not in LLAMA_CLASSES or '"Prepend"' not in json.dumps(spec.get("normalizer")):
         return spec, ()
     if files.flags.get("add_prefix_space") is False:
@@ -386,14 +391,16 @@ def _for_dialogues(spec: dict, files: TokenizerFiles) -> tuple[dict, tuple[str, 
         scheme = "always"
     else:
         scheme = "first"
-    spec["normalizer"] = None
-    spec["model"] |= dict(unk_token=None, fuse_unk=True, byte_fallback=True)
-    spec["pre_tokenizer"] = dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme, split=False)
+    changed = {
+        "normalizer": None,
+        "pre_tokenizer": dict(type="Metaspace", replacement="\u2581", prepend_scheme=scheme, split=False),
+        "model": {**spec["model"], "unk_token": None, "fuse_unk": True, "byte_fallback": True},
+    }
     said = (
         f"{files.place}: tokenizer_class {files.flags['tokenizer_class']} and the normalizer of tokenizer.json mark words "
         "in two ways; dialogues are read by the class's, as transformers does",
     )
-    return spec, said
+    return {**spec, **changed}, said
 
 
 def _add_tokens(all_of_them: Sequence[tokenizers.Tokenizer], files: TokenizerFiles) -> list[str]:
@@ -585,7 +592,7 @@ def _check_control_texts(template: ChatTemplate, tokenizer: Tokenizer, files: To
     except sandbox.SandboxError as error:
         raise ConfigError(f"{template.name}: it {error}") from error
     for text in dict.fromkeys(CONTROL_TEXT.findall(written)):
-        if text not in ROLE_TEXTS and len(tokenizer.encode_chat(text, before="a")[0]) != 1:
+        if text.lower() not in ROLE_TEXTS and len(tokenizer.encode_chat(text, before="a")[0]) != 1:
             raise ConfigError(
                 f"{template.name}: it writes {text!r}, which is no token of the tokenizer in {tokenizer.folder}; take the "
                 "tokenizer that the template was made for, or another template (data.chat_template)"
