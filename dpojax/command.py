@@ -5,6 +5,7 @@ It imports no JAX, so that a signal during the imports finds its handler.
 
 import contextlib
 import errno
+import io
 import math
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from dpojax.errors import DpojaxError, FitError, Interrupted
 from dpojax.launch import hide_absent_tpus, launcher
 
 OUTSIDE_SECONDS = 2.0  # that Python has to answer a signal before the process ends without it
-IN_LOOP_SECONDS = 10.0  # as much in the training loop, where a step takes less
+IN_LOOP_SECONDS = 30.0  # in the training loop, to come to the end of a step or an evaluation; Kubernetes waits as long
 
 # How JAX, XLA, CUDA, NumPy and the kernel say that memory is full.
 _FULL = re.compile(
@@ -180,7 +181,7 @@ def run_command(function: Callable[[StopSignal], int | None]) -> int:
     folders that cannot be read or written (2). Anything else is a fault of ours, and passes.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or file that is not UTF-8 shows an escape
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 shows an escape
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook, sys.unraisablehook = _thread_failed, _hide_stopped_reads
     hide_absent_tpus()

@@ -385,8 +385,10 @@ class _Worker:
             self.clock.renew(MAX_LOAD_SECONDS)
             self.task = None
             loaded = _result(_unpack, None, body)
-            result = loaded if isinstance(loaded, Exception) else None
-            self.task = None if result is not None else loaded
+            if isinstance(loaded, Exception):
+                result = loaded
+            else:
+                result, self.task = None, loaded
         else:
             self.clock.renew(MAX_ITEM_SECONDS)
             assert self.task is not None

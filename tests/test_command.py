@@ -63,8 +63,8 @@ SWALLOWED = "class Lost:\n    def __del__(self):\n        time.sleep(30)\nx = Lo
         (IN_LOOP + NATIVE, [signal.SIGTERM, signal.SIGINT], 130),
         (IN_LOOP + BUSY, [signal.SIGINT, signal.SIGINT], 130),
         (SWALLOWED, [signal.SIGTERM], 143),
-        pytest.param(IN_LOOP + NATIVE, [signal.SIGTERM], 143, marks=pytest.mark.slow),
-        pytest.param(IN_LOOP + BUSY, [signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param("import dpojax.command as c\nc.IN_LOOP_SECONDS = 1\n" + IN_LOOP + NATIVE, [signal.SIGTERM], 143),
+        pytest.param("import dpojax.command as c\nc.IN_LOOP_SECONDS = 1\n" + IN_LOOP + BUSY, [signal.SIGTERM], 143),
     ],
 )
 def test_a_signal_ends_the_process_wherever_it_is(body, numbers, code):
