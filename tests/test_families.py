@@ -138,8 +138,8 @@ def test_a_family_refuses_the_fields_that_its_code_reads_and_ignores_the_others(
 
     folder = pathlib.Path(transformers.__file__).parent / "models" / name.removesuffix("_text")
     code = (folder / f"modeling_{folder.name}.py").read_text()
-    reads = set(re.findall(r"""config\.(\w+)|config, ["'](\w+)["']|rope_parameters\.get\(["'](\w+)["']""", code))
-    reads = {word for words in reads for word in words if word}
+    ways = (r"config\.(\w+)", r"""config, ["'](\w+)["']""", r"""rope_parameters\.get\(["'](\w+)["']""")
+    reads = {word for way in ways for word in re.findall(way, code)}
     example = next(k for k in CASES if k.split()[0] == name)
     kind, values = CASES[example]
     values = values if values.get("n_embd") else SIZES | values
