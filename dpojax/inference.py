@@ -22,7 +22,7 @@ from dpojax.errors import ConfigError
 from dpojax.metrics import Progress, finite_json, say
 from dpojax.models import Model, ModelConfig, hf
 from dpojax.models.table import num_params, param_shapes
-from dpojax.policy import place_decoder
+from dpojax.policy import check_memory, place_decoder
 from dpojax.programs import open_cache
 from dpojax.weights import ignored_fields, open_weights
 
@@ -142,6 +142,7 @@ def open_text(model: str, args: argparse.Namespace, defaults: Writing, *, needed
 def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> Loaded:
     """The model at `path` (see weights.open_weights), spread over all devices; `quiet`: without progress."""
     weights = open_weights(path, ignore=ignored_fields(args.ignore_fields))
+    check_memory(weights.config, args.dtype)
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=args.tensor)
     kinds = dict(dtype=args.dtype, param_dtype=args.dtype, remat="none")
     model = place_decoder(weights.config, mesh, sharding.RULES, **kinds)

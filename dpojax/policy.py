@@ -11,12 +11,13 @@ from dpojax import sharding
 from dpojax.config import SIZES, Config
 from dpojax.data.packing import PackShape
 from dpojax.datasets import Data, check_shared_tokenizer
-from dpojax.errors import ConfigError
+from dpojax.errors import ConfigError, FitError
 from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
 from dpojax.models.decoder import head_params
 from dpojax.models.quantise import in_compute, store_as
 from dpojax.models.table import model_rows, num_params
+from dpojax.plain_data import memory_bytes
 from dpojax.weights import Weights, ignored_fields, open_weights, read_shape
 
 
@@ -79,6 +80,7 @@ def open_policy(job: Job, data: Data, weights: Weights | None) -> Policy:
     job.say(
         f"model: {num_params(config) / 1e6:,.2f}M parameters ({kind}), {section.dtype} compute, {section.param_dtype} stored"
     )
+    check_memory(config, section.param_dtype)
     if section.router_loss_weight and not config.num_experts:
         raise ConfigError(f"model.router_loss_weight is {section.router_loss_weight}; the model has no experts")
     return describe(job, config, weights)
@@ -90,6 +92,20 @@ def describe(job: Job, config: ModelConfig, weights: Weights | None = None) -> P
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     shardings = sharding.param_shardings(abstract, model.axes, job.mesh, job.config.mesh.rules)
     return Policy(model, config, abstract, shardings, model.axes, weights)
+
+
+def check_memory(config: ModelConfig, dtype: str) -> None:
+    """Raises FitError where the parameters alone are more than a host's memory holds, before any of it is asked for.
+
+    On CPUs the kernel gives out memory that it does not have, and kills who uses it; accelerators say no themselves.
+    """
+    needed = num_params(config) * jnp.dtype(dtype).itemsize
+    there = memory_bytes() * jax.process_count()
+    if jax.default_backend() == "cpu" and needed > there:
+        raise FitError(
+            f"the model has {num_params(config):,} parameters, {needed / 2**30:,.1f} GiB in {dtype}, and there are "
+            f"{there / 2**30:,.1f} GiB of memory: take a smaller model or more machines"
+        )
 
 
 def check_positions(config: ModelConfig, longest: int, settings: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dpojax import audit, convert, generate, main, plan, score, sweep
 from dpojax.config import from_config_dict, load_config_file, to_dict
-from dpojax.data import records, tokens, triples
+from dpojax.data import index, records, tokens, triples
 from dpojax.errors import DpojaxError
 from dpojax.models import hf, llama2c, peft
 from dpojax.weights import open_weights
@@ -281,3 +281,28 @@ def test_an_odd_command_line_ends_with_a_code_of_the_list(sound, tmp_path, monke
 @pytest.mark.slow
 def test_many_odd_command_lines_end_with_a_code_of_the_list(sound, tmp_path, monkeypatch):
     odd_flags(sound, tmp_path, monkeypatch, seed=1, rounds=400)
+
+
+def test_a_damaged_index_of_the_data_is_made_anew(sound, tmp_path):
+    """The cache of verdicts and lengths in a workdir."""
+    pairs = b"".join(json.dumps({"prompt": f"p{i}", "chosen": "c" * i, "rejected": "d"}).encode() + b"\n" for i in range(1, 9))
+    (tmp_path / "x.jsonl").write_bytes(pairs)
+    reader, limits = triples.RowReader(""), tokens.Limits(16, 16)
+    opened = records.open_records(str(tmp_path / "x.jsonl"))
+    data = index.Dataset(opened, reader, tokens._open_tokenizer(str(sound / "model")), limits)
+    rng = random.Random(0)
+
+    def load():
+        return index.load_or_build_index(
+            data, tmp_path, on_bad_line="error", max_bad_share=0.0, write=lambda store: store(), progress=lambda done: None
+        )
+
+    expected = load()
+    (path,) = tmp_path.glob("index-*.npz")
+    whole = path.read_bytes()
+    for _ in range(25):
+        path.write_bytes(damage(rng, whole))
+        with within(SECONDS):
+            found = load()
+        assert len(found.rows) == len(expected.rows)
+        np.testing.assert_array_equal(found.prompt_lengths, expected.prompt_lengths)

@@ -14,10 +14,10 @@ import typing
 import pytest
 
 from dpojax import config as settings
-from dpojax import main, metrics, plan, sweep
+from dpojax import main, metrics, plan, policy, sweep
 from dpojax.config import apply_override, from_config_dict, load_config_file, to_dict
 from dpojax.data import records, tokens, triples
-from dpojax.errors import ConfigError, DataError, DpojaxError
+from dpojax.errors import ConfigError, DataError, DpojaxError, FitError
 from dpojax.models import hf, peft
 from dpojax.plain_data import MAX_DEPTH, MAX_FLOAT32, MAX_INT32, number_fault, parse_json
 from dpojax.weights import open_weights, read_shape
@@ -625,3 +625,10 @@ def test_depth_is_bounded_and_what_lies_within_is_read():
     # tokenizer_config.json of many models holds this as "no limit".
     assert parse_json(b'{"model_max_length": 1000000000000000019884624838656}')
     assert parse_json('{"a":"\\ud83d\\ude00 \\\\u0000"}') == {"a": "\U0001f600 \\u0000"}
+
+
+def test_parameters_that_no_memory_holds_are_refused_before_any_is_made():
+    config = hf.model_config({**LLAMA, "intermediate_size": 10**9}, pathlib.Path("config.json"))
+    with pytest.raises(FitError, match=r"parameters, .* GiB"):
+        policy.check_memory(config, "float32")
+    policy.check_memory(hf.model_config(LLAMA, pathlib.Path("config.json")), "float32")

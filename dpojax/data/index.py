@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +24,15 @@ from dpojax.data.records import Records, Row
 from dpojax.data.tokens import Cut, Limits, Tokenizer, tokenize
 from dpojax.data.triples import DROPPED, Dropped, Group, RowReader
 from dpojax.errors import ConfigError, DataError
-from dpojax.plain_data import check_output
+from dpojax.plain_data import check_output, parse_json
 from dpojax.sandbox import SandboxError, spread
 
 MANY_ROWS = 1000  # of these on, several processes read: each takes a second to start
+# What numpy and zipfile raise for a stored index that is damaged.
+DAMAGED = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError),  # NotImplementedError too
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 VERSION = 7  # raise it when a change of this package changes lengths or verdicts
 
 
@@ -358,9 +364,9 @@ def load_or_build_index(
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
-                texts = json.loads(str(file["texts"]))
-                index = Index._make([*(file[a] for a in STORED_ARRAYS), texts[0], tuple(texts[1]), tuple(texts[2]), None])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                counts, bad, dropped = parse_json(str(file["texts"]), shape=list)
+                index = Index._make([*(file[a] for a in STORED_ARRAYS), dict(counts), tuple(bad), tuple(dropped), None])
+        except DAMAGED:
             pass  # a damaged cache is made anew
         else:
             check_bad_lines(
