@@ -356,7 +356,7 @@ def newest_step(folder: pathlib.Path) -> pathlib.Path | None:
     """The newest committed step in a step folder, a checkpoints folder or a workdir; None if there is none."""
     if (folder / COMMITTED).is_file():
         return folder
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, folder / "checkpoints", folder / "sft"):  # of SFT alone, or before the first one of DPO
         if place.is_dir() and (steps := committed_steps(place)):
             return place / str(steps[-1])
     return None

@@ -310,12 +310,21 @@ def _cards(summary: dict[str, Any], splits: list[dict[str, Any]], unit: str) -> 
 def _facts(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What was run, on what, with what and when."""
     run = summary["run"]
-    held_out = config.data.eval or ("embedded world" if not config.data.train else "none")
+    held_out = config.data.eval or ("embedded world" if config.embedded else "none")
+    if config.data.eval_share:
+        held_out = f"{config.data.eval_share:.1%} of the prompts"
+
+    def used(counts: dict[str, int]) -> int:
+        return counts.get("used", counts.get("rows", 0))
+
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return [
         ("model", run["model"]),
-        ("trained on", f"{config.data.train or 'embedded world'}, {summary['train_rows'].get('rows', 0):,} rows"),
-        ("held out", f"{held_out}, {summary['eval_rows'].get('rows', 0):,} rows"),
+        (
+            "trained on",
+            f"{config.data.train or ('embedded world' if config.embedded else 'nothing')}, {used(summary['train_rows']):,} rows",
+        ),
+        ("held out", f"{held_out}, {used(summary['eval_rows']):,} rows"),
         ("devices", run["devices"]),
         ("versions", versions),
         ("command", run["command"]),

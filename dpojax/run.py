@@ -121,7 +121,7 @@ def finish_run(
         **(evaluate.judge_samples(job, samples) if samples else {}),
         "seconds": time.monotonic() - began,
         "run": describe_run(job, opened.policy, began),
-        "programs": {p.name: {"compiled": p.compiled, "loaded": p.loaded, "seconds": p.seconds} for p in job.programs.values()},
+        "programs": _programs(job),
         "train_rows": data.train_index.counts,
         "eval_rows": {} if data.eval_index is None else data.eval_index.counts,
         "self_check": check._asdict() if check else None,
@@ -133,6 +133,11 @@ def finish_run(
         _say_results(summary, job.workdir / "report.html", job)
     job.log.close()
     return summary
+
+
+def _programs(job: Job) -> dict[str, dict[str, Any]]:
+    """What was compiled or loaded, by program, for summary.json and the report."""
+    return {p.name: {"compiled": p.compiled, "loaded": p.loaded, "seconds": p.seconds} for p in job.programs.values()}
 
 
 def describe_run(job: Job, policy: Policy, began: float) -> dict[str, Any]:
@@ -239,7 +244,6 @@ def _sft_alone(job: Job, data: Data, policy: Policy, began: float) -> dict[str, 
     if job.config.export:
         _export(job, data, policy, params, adapters=False)
     losses = [row["sft_loss"] for row in job.log.rows() if row.get("sft_loss") is not None]
-    programs = {p.name: {"compiled": p.compiled, "seconds": p.seconds} for p in job.programs.values()}
     summary = {
         "num_steps": 0,
         "sft_steps": job.config.sft.num_steps,
@@ -248,7 +252,8 @@ def _sft_alone(job: Job, data: Data, policy: Policy, began: float) -> dict[str, 
         **peak_memory(),
         "seconds_compiling": sum(p.seconds for p in job.programs.values()),
         "seconds": time.monotonic() - began,
-        "programs": programs,
+        "run": describe_run(job, policy, began),
+        "programs": _programs(job),
         "train_rows": data.train_index.counts,
         "eval_rows": {},
         "self_check": None,
