@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import pytest
 import tokenizers
@@ -333,3 +334,15 @@ def test_the_audit_shows_what_is_cut_and_what_contradicts(tmp_path, capsys):
         "1 dialogues would lose the start of the first message that is left",
     ):
         assert line in shown.out, line
+
+
+def test_a_tokenizer_is_made_once_as_long_as_its_files_stay_the_same(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path, "first")
+    first = load_tokenizer(str(tmp_path))
+    made = []
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", lambda text: made.append(text))
+    again = pickle.loads(pickle.dumps(first))
+    assert again.encode_chat("Yes<|end|>") == first.encode_chat("Yes<|end|>") and not made
+    monkeypatch.undo()
+    save_tokenizer(tmp_path, "first", eos_token="<s>")
+    assert load_tokenizer(str(tmp_path)).eos_id == first.specials()["<s>"]

@@ -25,7 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 from dpojax import sandbox
 from dpojax.data.chat import TEMPLATE_FOLDER, ChatTemplate, Message, TemplateError, find_templates
 from dpojax.data.groups import TokenGroup
-from dpojax.data.tokenizer_files import Named, TokenizerFiles, any_of, read_files
+from dpojax.data.tokenizer_files import ADDED, CONFIG, MAP, Named, TokenizerFiles, any_of, read_files
 from dpojax.data.triples import Dropped, Group, keep_sound, rewrite_group
 from dpojax.errors import ConfigError, DataError
 from dpojax.plain_data import existing_path, number_fault, parse_json, read_bytes, read_json, read_text
@@ -164,13 +164,37 @@ class SentencePieceTokenizer:
         (folder / "tokenizer.model").write_bytes(self.model)
 
 
+MAX_MADE = 4  # tokenizers that a process keeps
+_made: dict[tuple, dict[str, Any]] = {}  # what is in a JsonTokenizer, by the state of its files
+
+
+def _file_state(path: pathlib.Path) -> tuple:
+    """Changes when the files that a tokenizer is made from change."""
+    state: list[Any] = [str(path.absolute())]
+    for file in (path, *(path.parent / name for name in (CONFIG, MAP, ADDED))):
+        try:
+            stat = file.stat()
+        except OSError:  # it is not there, or reading it says what is wrong
+            state.append(None)
+        else:
+            state.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(state)
+
+
 class JsonTokenizer:
     """A Hugging Face `tokenizer.json`, with BOS and EOS from the files beside it."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.folder: pathlib.Path | None = path.parent
-        self._load()
+        state = _file_state(path)
+        if state not in _made:
+            self._load()
+            while len(_made) >= MAX_MADE:
+                _made.pop(next(iter(_made)))
+            _made[state] = self.__dict__
+        # A child of `dpojax.sandbox` gets the same tokenizer with every task, and making one takes up to a second.
+        self.__dict__.update(_made[state])
 
     def _load(self):
         files = read_files(self.path.parent)
