@@ -284,7 +284,7 @@ def tool_prompts(folder: pathlib.Path, data: str, *flags: str):
     pairs = [audited.dataset(open_sources(data), "pairs").token_group(i)[0] for i in range(2)]
     ids = lambda found: [g.prompt.tolist() for g in found]
     lengths = lambda found: [[len(r) for r in g.responses] for g in found]
-    assert [p.ids for p in prompts] == ids(groups) == ids(pairs) and lengths(groups) == lengths(pairs)
+    assert [p.ids for p in prompts[:2]] == ids(groups) == ids(pairs) and lengths(groups) == lengths(pairs)
     return ids(groups), lengths(groups)
 
 
