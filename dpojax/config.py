@@ -351,7 +351,7 @@ def _convert(value, kind, field: str):
         return kind(value)
     if not isinstance(value, kind):
         raise ConfigError(f"{field} is {value!r:.200}, of type {type(value).__name__}; it must be {kind.__name__}")
-    if kind is str and "\0" in value:
+    if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{field} is {value!r:.200}; it holds a NUL character")
     return value
 
@@ -707,7 +707,8 @@ def _refuse_code(file: pathlib.Path, values: ml_collections.ConfigDict, overridd
     """Raises ConfigError where plain data names a function: to call it, its module or file would be executed."""
     for setting in CODE_SETTINGS:
         section, name = setting.split(".")
-        text = values[section].get(name) if isinstance(values.get(section), ml_collections.ConfigDict) else None
+        part: Any = values.get(section)
+        text = part.get(name) if isinstance(part, ml_collections.ConfigDict) else None
         if setting not in overridden and isinstance(text, str) and names_code(text):
             raise ConfigError(
                 f"{file}: {setting} is {text!r:.200}, which names code, and plain data executes none; if you trust that "
