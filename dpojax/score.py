@@ -27,6 +27,7 @@ from dpojax.evaluation import statistics
 from dpojax.flags import Parser
 from dpojax.inference import Loaded, Output, add_model_arguments, add_text_arguments, load_model, note, open_text, run_tool
 from dpojax.metrics import Progress, finite_json
+from dpojax.plain_data import check_output
 from dpojax.policy import check_positions
 from dpojax.train import make_token_logps_step
 from dpojax.weights import ignored_fields, open_weights
@@ -176,9 +177,10 @@ def score(args: argparse.Namespace) -> None:
         out.write({"row": number, **written[-1]})
     out.close()
     summary = summarise(written, dict(left_out), args)
-    if out.path is not None:
+    if out.path is not None and not out.in_place:
         path = pathlib.Path(f"{out.path}.summary.json")
-        path.write_text(finite_json(summary, indent=2) + "\n")
+        check_output(path)
+        path.write_text(finite_json(summary, indent=2) + "\n", encoding="utf-8")
     if summary["pairs"]:
         kind = f"implicit rewards, beta {args.beta:g}" if args.ref else "log-probs alone, without --ref"
         note(

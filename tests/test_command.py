@@ -11,12 +11,15 @@ import threading
 import time
 
 import pytest
+import tiny
 
 from dpojax.command import StopSignal, memory_error, run_command
 from dpojax.errors import CheckpointError, ConfigError, DataError, FitError, NumericsError
+from dpojax.inference import Output
 from dpojax.launch import hide_absent_tpus
 from dpojax.lock import FILE, locked_workdir
 from dpojax.metrics import MetricsLog
+from dpojax.models import hf
 from dpojax.plain_data import check_output
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -205,3 +208,20 @@ def test_pipes_and_folders_are_neither_written_to_nor_replaced(tmp_path, capsys)
         log.write(step, {"loss": 1.0})
     log.close()
     assert capsys.readouterr().out.count("cannot be written") == 1 and (tmp_path / "metrics.jsonl").is_fifo()
+
+
+def test_an_output_that_is_a_device_or_a_pipe_stays_one(tmp_path):
+    (tmp_path / "null").symlink_to(os.devnull)
+    out = Output(str(tmp_path / "null"))
+    out.write({"a": 1})
+    out.close()
+    assert (tmp_path / "null").is_char_device() and [p.name for p in tmp_path.iterdir()] == ["null"]
+    os.mkfifo(tmp_path / "rows.jsonl.tmp")
+    with pytest.raises(ConfigError, match="no plain file"):
+        Output(str(tmp_path / "rows.jsonl"))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        hf.export_params({}, tiny.CONFIG, folder, fields={}, dtype="float32", companions=None, progress=lambda n: None)
+    assert (folder / "config.json").is_fifo()

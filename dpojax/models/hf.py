@@ -23,7 +23,7 @@ from dpojax.errors import ConfigError
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import FAMILIES, Family, Source, model_config, read_fields
 from dpojax.models.table import ParamRow, layer_rows, model_rows
-from dpojax.plain_data import parse_json, read_json
+from dpojax.plain_data import check_output, parse_json, read_json
 
 INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "checksums.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -556,6 +556,9 @@ def _export(
 ) -> None:
     if write:
         folder.mkdir(parents=True, exist_ok=True)
+        for place in folder.iterdir():  # a pipe would be waited for, a device replaced
+            if not place.is_dir():
+                check_output(place)
     done = 0
 
     def counted(get):
