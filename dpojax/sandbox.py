@@ -269,7 +269,12 @@ def each(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any])
 
 
 def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any], *, children: int) -> Iterator[Any]:
-    """As `each`, by several children, which take the items block by block in turn; one starts when its first block comes."""
+    """As `each`, by several children, which take the items block by block in turn."""
+    if inside() or children == 1:
+        yield from each(function, shared, items)
+        return
+    started = [_take() for _ in range(children)]  # all at once: each takes its time to import what it needs
+    _idle.extend(started)
     source = iter(items)
     waiting: list[deque[Any]] = [deque() for _ in range(children)]
     turns = itertools.cycle(waiting)

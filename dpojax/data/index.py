@@ -27,7 +27,7 @@ from dpojax.errors import ConfigError, DataError
 from dpojax.plain_data import check_output, parse_json
 from dpojax.sandbox import SandboxError, spread
 
-MANY_ROWS = 1000  # of these on, several processes read: each takes a second to start
+MANY_ROWS = 4000  # of these on, several processes read: each takes a second to start
 # What numpy and zipfile raise for a stored index that is damaged.
 DAMAGED = (
     *(OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError),  # NotImplementedError too
