@@ -42,21 +42,43 @@ def test_a_second_start_loads_every_program_and_equals_the_first_to_the_bit(plai
     noise = re.compile(r"^.*(warn|E0000|W0000|SIGILL|machine features|cpu_aot).*$", re.MULTILINE | re.IGNORECASE)
     words = lambda output: {re.sub(r"\d+", "0", line[0]) for line in noise.finditer(output)}
     assert words(second) <= words(first)  # loading prints no alarm that compiling does not
-    # Damage and cut-off writes cost the compiling alone, once.
-    (folder,) = (home / "dpojax").iterdir()
-    for i, entry in enumerate(sorted(folder.glob("jit_*-cache"))):
-        content = bytearray(entry.read_bytes())
-        if i % 3 == 0:
-            content[len(content) // 2] ^= 255
-        elif i % 3 == 1:
-            content = content[: len(content) // 3]
-        else:
-            entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
-        entry.write_bytes(content)
-    third = cached_run(files, tmp_path / "third", home)
-    assert numbers(tmp_path / "third") == numbers(plain[0]) and "Error reading" not in third
-    cached_run(files, tmp_path / "fourth", home)
-    assert all(p["loaded"] == 1 for p in programs(tmp_path / "fourth").values())  # each was written anew
+
+
+# Three programs that take over 0.1 s to compile, as a run would compile them; prints what became of each.
+THREE = """
+import jax, jax.numpy as jnp
+from dpojax import programs
+programs.open_cache()
+def body(x, n):
+    for i in range(40 + n):
+        x = jnp.sort(jnp.sin(x) @ jnp.cos(x).T, axis=i % 2) + i
+    return x
+made = [programs.Program(str(n), lambda x, n=n: body(x, n)) for n in range(3)]
+print([float(p(jnp.ones((8, 8))).sum()) for p in made], [p.compiled for p in made], [p.loaded for p in made])
+"""
+
+
+def test_damaged_and_cut_off_programs_are_compiled_and_written_anew(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def three():
+        argv = [sys.executable, "-c", THREE]
+        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+        return done.stdout
+
+    first, second = three(), three()
+    assert "[1, 1, 1] [0, 0, 0]" in first and second == first.replace("[1, 1, 1] [0, 0, 0]", "[0, 0, 0] [1, 1, 1]")
+    (folder,) = (tmp_path / "dpojax").iterdir()
+    flipped, short, cut_off, *_ = sorted(folder.glob("jit__lambda*-cache"), key=lambda p: p.stat().st_size)[-3:]
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 255
+    flipped.write_bytes(content)
+    short.write_bytes(short.read_bytes()[:1000])
+    cut_off.with_name(cut_off.name.replace("-cache", "-atime")).unlink()
+    assert three() == first  # all are compiled again, and nothing is said
+    assert three() == second  # each was written anew
 
 
 @pytest.mark.slow
