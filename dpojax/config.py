@@ -326,11 +326,6 @@ def frozen_dtype(config: Config) -> str:
     return (config.lora.base_dtype if of_base else config.reference.dtype) or config.model.param_dtype
 
 
-def bound_dtype(config: Config) -> str:
-    """Whose rounding a comparison of log-probs must allow for: float32 or bfloat16."""
-    return "float32" if (config.model.dtype, config.model.param_dtype) == ("float32", "float32") else "bfloat16"
-
-
 def _convert(value, kind, field: str):
     """`value` as `kind` (a dataclass, a plain type, `T | None` or dict[str, str]); ConfigError otherwise."""
     if dataclasses.is_dataclass(kind):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpojax import checkpoint, evaluate, reference, selfcheck, sharding, winrate
-from dpojax.config import Config, bound_dtype, doubts, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
+from dpojax import checkpoint, evaluate, reference, selfcheck, winrate
+from dpojax.config import Config, doubts, frozen_dtype, resolved_mode, to_dict, with_limits, with_steps
 from dpojax.data.packing import PackShape
 from dpojax.data.pipeline import PackGroups, groups_per_step
 from dpojax.data.tokens import copy_companions, stop_ids
@@ -22,7 +22,7 @@ from dpojax.datasets import Data, open_data
 from dpojax.fitness import unfit_settings
 from dpojax.job import Job
 from dpojax.metrics import duration
-from dpojax.models import lora
+from dpojax.models import ModelConfig, lora
 from dpojax.models.table import num_params
 from dpojax.plain_data import read_json
 from dpojax.policy import (
@@ -236,6 +236,13 @@ def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: s
     )
 
 
+def _plain_models(job: Job, config: ModelConfig) -> selfcheck.PlainModels:
+    """The start-up check's oracle: plain causal attention in float32, and in the run's precision where that is another."""
+    exact = build_model(job, config, kernel="causal", dtype="float32")
+    in_float32 = job.config.model.dtype == "float32"
+    return selfcheck.PlainModels(exact, None if in_float32 else build_model(job, config, kernel="causal"))
+
+
 def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackShape) -> selfcheck.CheckResult | None:
     """Runs the self-check where the config and the model's size ask for it, and says what it found."""
     c = job.config
@@ -244,24 +251,25 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
         job.say(f"self-check: skipped ({'off' if c.self_check == 'off' else 'over 1B parameters; self_check=full runs it'})")
         return None
     start = time.monotonic()
-    kernel, _ = kernel_name(job, policy.config, shape.layout)
-    # Every arrangement on the run's kernel, but for the oracle's, which is on plain XLA.
-    model_for = lambda own: build_model(job, policy.config, own, "xla" if own.layout == "separate" else kernel)
     found = selfcheck.self_check(
-        model_for,
+        policy.model,
+        _plain_models(job, policy.config),
         params,
         ref,
         packer(job, data.train, data.train_index, shape),
         c.loss.make(),
-        dtype=bound_dtype(c),
-        num_shards=sharding.num_shards(job.mesh),
+        depth=policy.config.num_layers,
+        chunk=c.model.logps_chunk_tokens,
         put=job.put,
         program=job.program,
     )
     closed = "no closed form" if found.expected is None else f"= {found.expected:.6f}"
+    rounding = f"; {c.model.dtype} moves a token by {found.rounding_nats:.0e}" if found.rounding_nats else ""
     job.say(
-        f"self-check: loss {found.loss:.6f} {closed} at policy == reference; noise floor of the log-ratios {found.noise_nats:.0e} nats, "
-        f"{found.worst_ratio:.0e} of the log-probs; order, padding, micro-batches and layout move a token by {found.worst_layout:.0e} "
-        f"nats ({duration(time.monotonic() - start)})"
+        f"self-check: loss {found.loss:.6f} {closed} at policy == reference; noise floor of the log-ratios {found.noise_nats:.0e} "
+        f"nats; {found.num_tokens} tokens of packed rows are within {found.layout_nats:.0e} nats of plain sequences (rounding "
+        f"explains {found.allowed_nats:.0e}{rounding}); no mask leaks ({duration(time.monotonic() - start)})"
     )
+    for warning in found.warnings:
+        job.say(f"warning: self-check: {warning}")
     return found

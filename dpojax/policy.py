@@ -116,16 +116,20 @@ def check_positions(config: ModelConfig, longest: int, settings: str) -> None:
         )
 
 
-def build_model(job: Job, config: ModelConfig, shape: PackShape | None = None, kernel: str = "xla") -> Model:
-    """The decoder of a run, on its mesh; for rows of `shape` alone where that is given."""
+def build_model(job: Job, config: ModelConfig, shape: PackShape | None = None, kernel: str = "xla", dtype: str = "") -> Model:
+    """The decoder of a run, on its mesh; for rows of `shape` alone where that is given.
+
+    Args:
+      dtype: of the computation; "": model.dtype.
+    """
     section, adapters = job.config.model, job.config.lora
     return place_decoder(
         config,
         job.mesh,
         job.config.mesh.rules,
-        kernel="full" if section.attention == "full" else kernel,
+        kernel="full" if section.attention == "full" and kernel == "xla" else kernel,
         shape=shape,
-        dtype=section.dtype,
+        dtype=dtype or section.dtype,
         param_dtype=section.param_dtype,
         remat=section.remat,
         adapter=lora.Adapter(adapters.alpha / adapters.rank, adapters.dropout) if adapters.rank else None,

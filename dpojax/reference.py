@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.checkpoint import digest
-from dpojax.config import bound_dtype, frozen_dtype
+from dpojax.config import frozen_dtype
 from dpojax.data.index import Dataset, Index
 from dpojax.data.packing import PackedBatch, PackShape, by_response, plan_step
 from dpojax.data.pipeline import PackGroups, eval_batches
@@ -26,7 +26,7 @@ from dpojax.job import Job, everywhere
 from dpojax.models.quantise import store_as
 from dpojax.plain_data import check_output
 from dpojax.policy import Policy, frozen_layout
-from dpojax.selfcheck import LAYOUT_BOUND
+from dpojax.selfcheck import cache_bound
 from dpojax.stages import packer
 from dpojax.train import make_token_logps_step
 
@@ -151,11 +151,11 @@ def open_caches(
         if everywhere(values is not None):  # the passes below are collective: all processes take them, or none
             assert values is not None
             again = run(count=min(8, len(index.rows)), progress=lambda n: None)
-            worst = float(np.abs(again - values[: len(again)]).max())
-            if worst <= LAYOUT_BOUND[bound_dtype(c)]:
-                job.say(f"reference cache of {name}: loaded; {len(again)} sampled tokens agree within {worst:.1e} nats")
+            off = float(np.sqrt(np.mean(np.square(again - values[: len(again)]))))
+            if off <= cache_bound(values, dtype=c.model.dtype, depth=policy.config.num_layers):
+                job.say(f"reference cache of {name}: loaded; {len(again)} sampled tokens agree within {off:.1e} nats")
                 return ReferenceCache(index, values)
-            job.say(f"reference cache of {name}: {worst:.1e} nats off on a sample; computed anew")
+            job.say(f"reference cache of {name}: {off:.1e} nats off on a sample; computed anew")
         progress = job.progress(f"reference pass over {name}", len(index.rows), "prompts")
         values = run(count=len(index.rows), progress=progress)
         job.write(functools.partial(store, path, values))

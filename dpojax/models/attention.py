@@ -285,3 +285,20 @@ def blocked(*, block: int, chains: int) -> Kernel:
 def masked() -> Kernel:
     """The oracle: `full_attention`."""
     return Kernel(lambda rows: rows, full_attention)
+
+
+def causal() -> Kernel:
+    """Plain causal attention over rows of one sequence each: it knows neither groups, branches nor `visible`.
+
+    What follows a sequence in its row may be anything. The start-up check takes it for the truth.
+    """
+
+    def attend_rows(q, k, v, rows: Rows, window=None, *, softcap: float | None = None):
+        index = jnp.arange(q.shape[1])
+        distance = index[:, None] - index[None, :]
+        mask = distance >= 0
+        if window is not None:
+            mask &= distance < window
+        return attend(q, k, v, jnp.broadcast_to(mask, (q.shape[0], *mask.shape)), softcap=softcap)
+
+    return Kernel(lambda rows: rows, attend_rows)

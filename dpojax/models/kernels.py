@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax.data.packing import PackShape
 from dpojax.errors import ConfigError
-from dpojax.models.attention import NO_WINDOW, SAVED, Kernel, Rows, blocked, masked
+from dpojax.models.attention import NO_WINDOW, SAVED, Kernel, Rows, blocked, causal, masked
 from dpojax.models.config import ModelConfig
 from dpojax.models.lanes import collect, dense_lanes, one_sequence_each, spread
 
@@ -230,12 +230,14 @@ def make_kernel(name: str, config: ModelConfig, shape: PackShape | None, *, plat
     """The kernel for the rows of one device.
 
     Args:
-      name: one that `choose` returned.
+      name: one that `choose` returned; "causal": plain sequences, one a row, and no other rows.
       shape: of the rows; None: any rows, which the kernels of vendors do not take.
       platform: cpu, gpu or tpu.
     """
     if name == "full":
         return masked()
+    if name == "causal":
+        return causal()
     if name == "splash" and shape is not None:
         interpret = platform != "tpu"
         if shape.slots is not None:
