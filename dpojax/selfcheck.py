@@ -241,27 +241,29 @@ def _of_shards(batch: PackedBatch, held: Sequence[int], shards: int) -> PackedBa
 # --- the programs -----------------------------------------------------------------------------------------------------
 
 
-def plain_logps(model: Model, head: Any, hidden, predictor, target, *, chunk: int = 128):
+def plain_logps(model: Model, head: Any, hidden, predictor, target, count, *, chunk: int = 128):
     """(log-probs, log-sum-exp of the logits) of the targets: a log-softmax over everything, some tokens at a time.
 
     Args:
       hidden: [A, U, D]; predictor, target: [A, Q].
+      count: most targets in use on any shard; those past it are 0.
     """
-    count = predictor.shape[1]
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -count % chunk)))
+    size = predictor.shape[1]
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -size % chunk)))
     predictor, target = pad(predictor), pad(target)
 
-    def part(i):
+    def part(i, found):
         index, ids = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (predictor, target))
         states = jnp.take_along_axis(hidden, index[..., None], axis=1)
         logits = model.unembed(head, states.reshape(-1, states.shape[-1])).reshape(*index.shape, -1)
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        return chosen - total, total
+        put = lambda x, values: jax.lax.dynamic_update_slice_in_dim(x, values, i * chunk, axis=1)
+        return put(found[0], chosen - total), put(found[1], total)
 
-    parts = jax.lax.map(part, jnp.arange(predictor.shape[1] // chunk))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(predictor.shape)[:, :count]
-    return tuple(map(join, parts))
+    zero = jnp.zeros(predictor.shape, jnp.float32)
+    found = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, part, (zero, zero))
+    return found[0][:, :size], found[1][:, :size]
 
 
 def _watched(model: Model, seen: list) -> Model:
@@ -296,7 +298,7 @@ def _packed_program(model: Model, loss: Loss, *, chunk: int):
         scores = both_scores(_watched(model, seen), loss, params, ref_params, mb, chunk=chunk, details=True)
         flat = [h.reshape(mb.predictor.shape[0], -1, h.shape[-1]) for h in seen]
         trees = (params, ref_params)[: len(seen)]
-        where = mb.predictor, mb.target
+        where = mb.predictor, mb.target, mb.num_scored
         plain = [plain_logps(model, model.head(tree), h, *where) for tree, h in zip(trees, flat, strict=True)]
         return Packed(scores.policy.logps, scores.ref_logps, plain, pairs_of(loss, mb, scores))
 
@@ -311,7 +313,7 @@ def _plain_program(model: Model, *, rows: int):
         some = lambda ids: model.hidden_states(params, ids, position, one, one * 0)
         hidden = jax.lax.map(some, tokens.reshape(-1, rows, tokens.shape[1]))
         hidden = hidden.reshape(1, tokens.size, -1)
-        return plain_logps(model, model.head(params), hidden, predictor[None], target[None])[0][0]
+        return plain_logps(model, model.head(params), hidden, predictor[None], target[None], target.size)[0][0]
 
     return plain
 
@@ -396,7 +398,14 @@ def self_check(
       program: (name, function, **jit options) -> the jitted function.
     Raises: NumericsError naming what disagrees.
     """
-    shape = dataclasses.replace(pack.shape, num_micro=1)
+    most_pairs = int(np.diff(pack.index.pair_offsets).max(initial=1))
+    shape = dataclasses.replace(
+        pack.shape,
+        num_micro=1,
+        # A step may take fewer groups than are checked.
+        num_slots=max(pack.shape.num_slots, MOST_GROUPS * pack.shape.num_lanes),
+        num_pairs=max(pack.shape.num_pairs, MOST_GROUPS * most_pairs),
+    )
     shards = shape.num_shards
     chosen = _positions(pack, shape)
     positions = [i for of_shard in chosen for i in of_shard]

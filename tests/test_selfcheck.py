@@ -53,7 +53,7 @@ def decoder(config, dtype, kernel):
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """Groups of 2 and of 3 responses, as ids."""
+    """Pairs as ids, in the rows of a step of one: the check takes more groups than that."""
     rng = np.random.default_rng(0)
     ids = lambda low, high: rng.integers(0, tiny.CONFIG.vocab_size, int(rng.integers(low, high))).tolist()
     rows = [{"prompt_ids": ids(5, 40), "chosen_ids": ids(4, 40), "rejected_ids": ids(4, 40)} for _ in range(24)]
@@ -61,7 +61,7 @@ def pack(tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = Dataset(open_records(str(path)), RowReader(""), None, Limits(64, 64))
     index = build_index(data, on_bad_line="error", max_bad_share=0.0, progress=lambda row: None)
-    shape = make_shape([index], layout="shared", num_groups=8, num_shards=1, micro_batch_tokens=512, row_tokens=256)
+    shape = make_shape([index], layout="shared", num_groups=1, num_shards=1, micro_batch_tokens=512, row_tokens=256)
     return PackGroups(data, index, shape, (0,), 0)
 
 
