@@ -261,7 +261,7 @@ def test_groups_of_different_sizes_train_alike_in_both_layouts(files, tmp_path):
         run(files, tmp_path / layout, **changes)
         found[layout] = losses(tmp_path / layout)
     np.testing.assert_allclose(found["shared"], found["separate"], atol=1e-5)
-    assert "1 steps of 3 prompts with 8" in run(files, tmp_path / "w", **{"data.train": data, "num_steps": 1})
+    assert "1 steps of 4 prompts with 8 pairs" in run(files, tmp_path / "w", **{"data.train": data, "num_steps": 1})
 
 
 def test_a_sweep_only_reads_a_finished_run(plain, files, monkeypatch):
