@@ -59,13 +59,18 @@ def tpu_host(pci: pathlib.Path = pathlib.Path("/sys/bus/pci/devices")) -> bool:
     return any(read(d / "vendor") == _GOOGLE and read(d / "device") in _TPUS for d in pci.glob("*"))
 
 
+def _accelerator_files(devices: pathlib.Path = pathlib.Path("/dev")) -> bool:
+    """Whether the kernel shows chips of a kind that TPUs are among: newer ones may have other PCI ids."""
+    return any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
+
+
 def hide_absent_tpus(environ: MutableMapping[str, str] = os.environ) -> None:
     """Tells JAX to leave libtpu alone where it is installed, nobody asks for TPUs, and this machine has none.
 
     It would look for them, and print alarms. Where another accelerator's plugin is installed, JAX chooses as ever.
     """
     asked = any(environ.get(k) for k in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID"))
-    if asked or importlib.util.find_spec("libtpu") is None or tpu_host():
+    if asked or importlib.util.find_spec("libtpu") is None or tpu_host() or _accelerator_files():
         return
     others = [name for _, name, _ in pkgutil.iter_modules() if name.startswith(("jax_cuda", "jax_rocm"))]
     if others or importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):

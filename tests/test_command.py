@@ -13,6 +13,7 @@ import time
 import pytest
 import tiny
 
+from dpojax import launch
 from dpojax.command import StopSignal, memory_error, run_command
 from dpojax.errors import CheckpointError, ConfigError, DataError, FitError, NumericsError
 from dpojax.inference import Output
@@ -166,9 +167,17 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(launch, "tpu_host", lambda: False)
+    monkeypatch.setattr(launch, "_accelerator_files", lambda: False)
     for environ, platforms in (({}, "cpu"), ({"JAX_PLATFORMS": "tpu"}, "tpu"), ({"TPU_WORKER_ID": "0"}, None)):
         hide_absent_tpus(environ)
         assert environ.get("JAX_PLATFORMS") == platforms
+    for name in ("tpu_host", "_accelerator_files"):
+        environ = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, name, lambda: True)
+            hide_absent_tpus(environ)
+        assert environ == {}
 
 
 # --- workdirs ---------------------------------------------------------------------------------------------------------
