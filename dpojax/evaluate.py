@@ -87,12 +87,6 @@ class Sampling:
         batch_size = sampling.whole_batch(c.batch_size, len(self.rows), job.mesh)
         width = sampling.prompt_width(self.prompts)
         check_positions(policy.config, max(map(len, self.prompts)) + c.max_new_tokens, "sample.max_new_tokens")
-        most = 8 * policy.config.max_positions
-        if max(map(len, self.prompts)) + c.max_new_tokens > most:
-            raise ConfigError(
-                f"sample.max_new_tokens={c.max_new_tokens}: with the longest prompt of {max(map(len, self.prompts))} tokens that is over "
-                f"{most}, 8 times the positions that the model was made for; lower it"
-            )
         put = sampling.rows_put(job.mesh)
         self.common = dict(width=width, batch_size=batch_size, put=put, fetch=sampling.fetch_whole)
         ends = stop_ids(self.tokenizer, data.train.reader.chat)

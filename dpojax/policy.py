@@ -1,6 +1,7 @@
 """config.model -> the policy's model, and its parameters before training, in their shardings."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,11 @@ from dpojax.job import Job
 from dpojax.models import Model, ModelConfig, hf, kernels, lora, make_decoder
 from dpojax.models.decoder import head_params
 from dpojax.models.quantise import in_compute, store_as
-from dpojax.models.table import model_rows, num_params
+from dpojax.models.table import ParamRow, model_rows, num_params
 from dpojax.plain_data import memory_bytes
 from dpojax.weights import Weights, ignored_fields, open_weights, read_shape
+
+MOST_CONTEXTS = 8  # of a sample's length: no rotation reaches that far, and memory is reserved for all of it
 
 
 class Policy(NamedTuple):
@@ -81,9 +84,35 @@ def open_policy(job: Job, data: Data, weights: Weights | None) -> Policy:
         f"model: {num_params(config) / 1e6:,.2f}M parameters ({kind}), {section.dtype} compute, {section.param_dtype} stored"
     )
     check_memory(config, section.param_dtype)
+    _check_mesh(job, config)
+    if job.config.lora.rank:
+        _adapter_rows(job, config)  # what cannot be adapted is known before anything is trained
+    new_tokens, most = job.config.sample.max_new_tokens, MOST_CONTEXTS * config.max_positions
+    if job.config.sample.num_prompts and new_tokens > most:
+        raise ConfigError(
+            f"sample.max_new_tokens={new_tokens}: over {most}, {MOST_CONTEXTS} times the positions that the model was made for"
+        )
     if section.router_loss_weight and not config.num_experts:
         raise ConfigError(f"model.router_loss_weight is {section.router_loss_weight}; the model has no experts")
     return describe(job, config, weights)
+
+
+def _check_mesh(job: Job, config: ModelConfig) -> None:
+    """Raises ConfigError for a mesh on which XLA cannot partition the gradient.
+
+    Its partitioner fails where key-value heads are more thinly spread than they are, beside a vocabulary that is spread over the
+    same axis (jax 0.10: "Cross-partition allreduce must be in (partial) manual partitioning mode").
+    """
+    rules, mesh = job.config.mesh.rules, job.mesh
+    axes = [a for a in sharding.mesh_axes(rules.get("kv_heads", "")) if a not in sharding.ROW_AXES]
+    size = math.prod(mesh.shape[a] for a in axes)
+    shared = [a for a in sharding.mesh_axes(rules.get("vocab", "")) if a in axes and config.vocab_size % mesh.shape[a] == 0]
+    if config.num_kv_heads % size and config.num_heads % size == 0 and shared:
+        raise ConfigError(
+            f"mesh.{axes[0]}={size}: the model has {config.num_kv_heads} key-value heads, which it does not divide; take a size that "
+            f"divides {config.num_heads} heads and {config.num_kv_heads} key-value heads, or leave the vocabulary whole "
+            "(--config.mesh.rules.vocab=)"
+        )
 
 
 def describe(job: Job, config: ModelConfig, weights: Weights | None = None) -> Policy:
@@ -187,13 +216,18 @@ def place_decoder(
     return model._replace(spread=sharding.head_spread(mesh, head, rules, cast))
 
 
+def _adapter_rows(job: Job, config: ModelConfig) -> list[ParamRow]:
+    """The adapters' rows. Raises ConfigError for targets that match nothing, and a rank that no map has."""
+    try:
+        return lora.adapter_rows(config, job.config.lora.targets, job.config.lora.rank)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def adapted(job: Job, policy: Policy) -> Policy:
     """The policy with its adapters as what is trained. Raises ConfigError for targets that match nothing."""
     c = job.config
-    try:
-        rows = lora.adapter_rows(policy.config, c.lora.targets, c.lora.rank)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    rows = _adapter_rows(job, policy.config)
     axes, dtype = lora.adapter_axes(rows), jnp.dtype(c.model.param_dtype)
     abstract = jax.eval_shape(lambda: lora.init_adapters(jax.random.key(0), rows, policy.config.num_layers, dtype))
     shardings = sharding.param_shardings(abstract, axes, job.mesh, c.mesh.rules)
