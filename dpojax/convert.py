@@ -35,6 +35,8 @@ def parser() -> Parser:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads and writes, tensor by tensor. Raises ConfigError for what cannot be read or written."""
+    if not args.max_shard_gib > 0:
+        raise ConfigError(f"--max_shard_gib={args.max_shard_gib}: it must be > 0")
     weights = open_weights(args.model, ignore=ignored_fields(args.ignore_fields))
     out = pathlib.Path(args.out)
     if out.exists() and pathlib.Path(args.model).resolve() == out.resolve():
