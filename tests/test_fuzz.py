@@ -275,7 +275,7 @@ def odd_flags(sound, folder, monkeypatch, seed, rounds):
 
 
 def test_an_odd_command_line_ends_with_a_code_of_the_list(sound, tmp_path, monkeypatch):
-    odd_flags(sound, tmp_path, monkeypatch, seed=0, rounds=40)
+    odd_flags(sound, tmp_path, monkeypatch, seed=0, rounds=15)
 
 
 @pytest.mark.slow

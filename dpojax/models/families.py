@@ -185,8 +185,8 @@ def _scaling(fields: Fields, given: dict[str, Any], known: Mapping[str, Any]) ->
     kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind) if known["family"] == "phi3" else kind
 
     def number(name, default=REQUIRED):
-        value = left.pop(name, None)
-        value = default if value is None else value
+        stored: Any = left.pop(name, None)
+        value: Any = default if stored is None else stored
         if value is REQUIRED:
             raise ConfigError(f"{fields.path}: the rotary scaling {kind!r} lacks {name}")
         fault = number_fault(value, float)

@@ -61,7 +61,8 @@ def _check_numbers(path: pathlib.Path, settings: dict[str, Any]) -> None:
             raise ConfigError(f"{path}: {patterns_field} is {patterns!r:.80}; it must map names of modules to numbers")
         for pattern in patterns:
             _check_pattern(path, patterns_field, pattern)
-        values = {field: settings.get(field)} | {f"{patterns_field}[{k!r}]": v for k, v in patterns.items()}
+        values: dict[str, Any] = {field: settings.get(field)}
+        values |= {f"{patterns_field}[{k!r}]": v for k, v in patterns.items()}
         for name, value in values.items():
             fault = number_fault(value, kind)
             if fault is None and kind is int and value < 1:
