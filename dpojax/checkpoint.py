@@ -349,6 +349,8 @@ def _is_step(folder: Any) -> bool:
 
 def committed_steps(folder: pathlib.Path) -> list[int]:
     """The steps in a checkpoints folder, oldest first: folders named by a number that hold Orbax's commit file."""
+    if not folder.is_dir():
+        return []  # somebody removed it during the run: the next save says what it meets
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_step(p))
 
 

@@ -204,7 +204,9 @@ def run_command(function: Callable[[StopSignal], int | None]) -> int:
                 return _end(full, full.exit_code)
             if isinstance(error, OSError) and error.strerror:
                 name = error.filename or "a file"
-                return _end(f"{name}: {error.strerror}; the disk or folder must be writable, and its files plain files", 2)
+                misplaced = isinstance(error, FileExistsError | NotADirectoryError)
+                reason = "a file lies where a folder belongs" if misplaced else error.strerror
+                return _end(f"{name}: {reason}; the disk or folder must be writable, and its files plain files", 2)
             raise
 
 

@@ -116,3 +116,12 @@ def test_another_optimizers_state_is_named(folder):
     abstract = {"params": {"w": jnp.zeros(4)}}
     with pytest.raises(CheckpointError, match="it holds step, which this run does not have"):
         checkpoints.restore(4, abstract, read(folder))
+
+
+def test_a_folder_that_disappears_is_made_again_or_said(folder):
+    checkpoints = Checkpoints(folder, keep=9)
+    shutil.rmtree(folder.parent)
+    state = {"params": {"w": jnp.zeros(4)}, "step": jnp.int32(6)}
+    troubles = [checkpoints.save(6, state, META), checkpoints.wait()]
+    assert checkpoints.steps() == ([] if any(troubles) else [6])
+    checkpoints.close()
