@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import tiny
 from dpojax import sharding
 from dpojax.errors import ConfigError
 from dpojax.objectives import make_loss
-from dpojax.policy import place_decoder
+from dpojax.policy import _check_mesh, place_decoder
 from dpojax.train import new_state, preference_gradients
 
 OPTIMIZER = optax.sgd(0.0)
@@ -82,3 +84,23 @@ def test_a_step_on_a_mesh_is_that_of_one_device(name, mesh):
     assert optax.tree.norm(difference) <= 1e-5 * norm
     for key, value in want_scalars.items():
         np.testing.assert_allclose(scalars[key], value, atol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "vocab_size", "tensor", "vocab_rule", "refused"),
+    [
+        (4, 64, 8, "tensor", True),  # XLA's partitioner fails there
+        (1, 64, 2, "tensor", True),
+        (4, 64, 8, "", False),
+        (4, 61, 8, "tensor", False),  # a vocabulary that does not divide stays whole
+        (8, 64, 8, "tensor", False),
+        (4, 64, 4, "tensor", False),
+    ],
+)
+def test_a_mesh_that_cannot_be_compiled_is_refused_with_its_setting(kv_heads, vocab_size, tensor, vocab_rule, refused):
+    config = dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=kv_heads, vocab_size=vocab_size)
+    rules = {**sharding.RULES, "vocab": vocab_rule}
+    mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=tensor)
+    job = SimpleNamespace(mesh=mesh, config=SimpleNamespace(mesh=SimpleNamespace(rules=rules)))
+    with pytest.raises(ConfigError, match=f"tensor={tensor}: .* {kv_heads} key-value heads") if refused else nullcontext():
+        _check_mesh(job, config)
