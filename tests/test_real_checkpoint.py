@@ -15,7 +15,7 @@ import pytest
 from conftest import DATA
 from runs import ROOT, environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]  # two trainers of 135M parameters on whatever cores there are
 
 needs_oracles = pytest.mark.skipif(
     not all(importlib.util.find_spec(m) for m in ("torch", "transformers", "trl", "datasets")),
