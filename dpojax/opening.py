@@ -236,11 +236,14 @@ def _say_rounding(job: Job, data: Data, policy: Policy, params, frozen, dtype: s
     )
 
 
-def _plain_models(job: Job, config: ModelConfig) -> selfcheck.PlainModels:
-    """The start-up check's oracle: plain causal attention in float32, and in the run's precision where that is another."""
+def _plain_models(job: Job, config: ModelConfig, shape: PackShape) -> selfcheck.PlainModels:
+    """What the start-up check compares the run's model with."""
     exact = build_model(job, config, kernel="causal", dtype="float32")
-    in_float32 = job.config.model.dtype == "float32"
-    return selfcheck.PlainModels(exact, None if in_float32 else build_model(job, config, kernel="causal"))
+    if job.config.model.dtype == "float32":
+        return selfcheck.PlainModels(exact, None, None)
+    rounded = build_model(job, config, kernel="causal")
+    packed = build_model(job, config, shape, dtype="float32")  # on plain XLA: some kernels take bfloat16 alone
+    return selfcheck.PlainModels(exact, rounded, packed)
 
 
 def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackShape) -> selfcheck.CheckResult | None:
@@ -253,7 +256,7 @@ def _self_check(job: Job, data: Data, policy: Policy, params, ref, shape: PackSh
     start = time.monotonic()
     found = selfcheck.self_check(
         policy.model,
-        _plain_models(job, policy.config),
+        _plain_models(job, policy.config, shape),
         params,
         ref,
         packer(job, data.train, data.train_index, shape),

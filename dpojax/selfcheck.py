@@ -24,7 +24,7 @@ from dpojax.errors import NumericsError
 from dpojax.losses import PairInfo, PairLogps
 from dpojax.models import Model
 from dpojax.objectives import Loss
-from dpojax.train import PairResults, both_scores, micro_batch, pair_results, pairs_of
+from dpojax.train import PairResults, batch_scores, both_scores, micro_batch, pair_results, pairs_of
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32, in which every sum is taken whatever the precision of its operands
 # How often the unit roundoff of a logit, times sqrt(depth), may be counted: SmolLM2-135M needs 0.44, random weights 0.36.
@@ -55,10 +55,11 @@ class CheckResult(NamedTuple):
 
 
 class PlainModels(NamedTuple):
-    """The oracle's decoders: plain causal attention over rows of one sequence each."""
+    """The decoders that the run's own is compared with; the oracle's have plain causal attention over rows of one sequence."""
 
-    exact: Model  # float32
-    rounded: Model | None  # as the run rounds; None where that is float32
+    exact: Model  # the oracle in float32
+    rounded: Model | None  # the oracle as the run rounds; None where that is float32
+    packed: Model | None  # packed rows in float32, so that rounding hides no fault of theirs; None where the run's are
 
 
 # --- the groups, packed as in training and as plain sequences ---------------------------------------------------------
@@ -305,6 +306,13 @@ def _packed_program(model: Model, loss: Loss, *, chunk: int):
     return packed
 
 
+def _logps_program(model: Model, *, chunk: int):
+    def logps(params, batch: PackedBatch):
+        return batch_scores(model, params, micro_batch(batch, 0), chunk=chunk).logps
+
+    return logps
+
+
 def _plain_program(model: Model, *, rows: int):
     def plain(params, tokens, predictor, target):
         """Log-probs of the targets [Q], `rows` sequences at a time."""
@@ -432,6 +440,11 @@ def self_check(
             compiled = program(f"self_check_{name}", _plain_program(of_plain, rows=shards), out_shardings=replicated)
             oracle[name] = np.asarray(compiled(params, rows.tokens, rows.predictor, rows.target))
 
+    packed_exact = None
+    if plain.packed is not None:
+        compiled = program("self_check_packed", _logps_program(plain.packed, chunk=chunk), out_shardings=replicated)
+        packed_exact = np.asarray(compiled(params, put(_of_shards(batch, pack.shards, shards))))
+
     policy, ref, info = first.pairs
     used = np.asarray(info.valid)
     only_used = lambda x: x if np.ndim(x) == 0 else np.asarray(x)[used]
@@ -448,6 +461,7 @@ def self_check(
         plain=plain_tokens,
         exact=oracle["exact"],
         rounded=oracle.get("rounded"),
+        packed_exact=None if packed_exact is None else by_token(packed_exact),
     )
     allowed = _allowed(tokens, depth, experts)
     _check_head(tokens, allowed)
@@ -495,6 +509,7 @@ class _Tokens(NamedTuple):
     plain: list  # (log-probs, log-sum-exp) of the same hidden states
     exact: np.ndarray  # plain sequences in float32
     rounded: np.ndarray | None  # and in the run's precision
+    packed_exact: np.ndarray | None  # packed rows in float32, where the run's are not
 
 
 class _Allowed(NamedTuple):
@@ -569,15 +584,20 @@ def _check_isolation(first: Packed, second: Packed, same: np.ndarray, again: Cal
 def _check_layout(tokens: _Tokens, allowed: _Allowed, *, experts: bool) -> float:
     """Packed rows on the run's kernel against plain sequences; root mean square of the tokens' differences, nats."""
     plain = tokens.exact if tokens.rounded is None else tokens.rounded
-    off = np.abs(tokens.policy - plain)
-    spread = _spread(off, experts=experts)
-    if not spread <= allowed.layout:
-        raise NumericsError(
-            f"self-check: packed rows give other log-probs than plain sequences: {spread:.1e} nats, and rounding explains "
-            f"{allowed.layout:.1e} (root mean square of {off.size} tokens; largest {off.max():.1e}): a position, a mask or the "
-            "attention kernel is wrong (model.attention=full avoids the kernels)"
-        )
-    return spread
+    pairs = [(tokens.policy, plain, allowed.layout)]
+    if tokens.packed_exact is not None:
+        pairs.append((tokens.packed_exact, tokens.exact, allowed.float32))
+    spreads = []
+    for logps, right, bound in pairs:
+        off = np.abs(logps - right)
+        spreads.append(_spread(off, experts=experts))
+        if not spreads[-1] <= bound:
+            raise NumericsError(
+                f"self-check: packed rows give other log-probs than plain sequences: {spreads[-1]:.1e} nats, and rounding explains "
+                f"{bound:.1e} (root mean square of {off.size} tokens; largest {off.max():.1e}): a position, a mask or the "
+                "attention kernel is wrong (model.attention=full avoids the kernels)"
+            )
+    return spreads[0]
 
 
 def _check_reference(tokens: _Tokens, pairs, allowed: _Allowed, *, experts: bool) -> float:

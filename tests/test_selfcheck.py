@@ -42,7 +42,7 @@ class Case(NamedTuple):
     def program(self, name, function, **options):
         """The oracle is compiled once a case; the run's own program anew, since it may hold a fault."""
         jitted = jax.jit(function, **options)
-        return jitted if name == "self_check" else self.compiled.setdefault(name, jitted)
+        return jitted if name in ("self_check", "self_check_packed") else self.compiled.setdefault(name, jitted)
 
 
 def decoder(config, dtype, kernel):
@@ -68,19 +68,22 @@ def pack(tmp_path_factory):
 def make_case(pack, config, dtype, scale=1.0) -> Case:
     kernel = attention.blocked(block=64, chains=1)
     exact = decoder(config, "float32", attention.causal())
-    rounded = None if dtype == "float32" else decoder(config, dtype, attention.causal())
+    models = selfcheck.PlainModels(exact, None, None)
+    if dtype != "float32":
+        models = selfcheck.PlainModels(exact, decoder(config, dtype, attention.causal()), decoder(config, "float32", kernel))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(tiny.params(exact), replicated)
     params = {**params, "final_norm": params["final_norm"] * scale}
-    return Case(config, decoder(config, dtype, kernel), selfcheck.PlainModels(exact, rounded), params, pack, {})
+    return Case(config, decoder(config, dtype, kernel), models, params, pack, {})
 
 
 def run(case: Case, *, ref_params=None, loss="sigmoid", model=None):
     ref = case.params if ref_params is None else ref_params
+    model, plain = model or (case.model, case.plain)
     return selfcheck.self_check(
-        model or case.model,
-        case.plain,
+        model,
+        plain,
         case.params,
         ref,
         case.pack,
@@ -131,7 +134,7 @@ def in_rows(change):
             return change(batch) or batch
 
         monkeypatch.setattr(selfcheck, "pack_step", faulty)
-        return case.model
+        return case.model, case.plain
 
     return seed
 
@@ -162,7 +165,7 @@ def in_rule(rule):
 
     def seed(monkeypatch, case):
         monkeypatch.setattr(attention, "visible", rule)
-        return case.model
+        return case.model, case.plain
 
     return seed
 
@@ -192,9 +195,13 @@ def in_model(change):
     """A fault between the rows and the layers: (tokens, positions, group, branch) -> the same, changed."""
 
     def seed(monkeypatch, case):
-        hidden_states = case.model.hidden_states
-        changed = lambda params, *rows, **key: hidden_states(params, *change(*rows), **key)
-        return case.model._replace(hidden_states=changed)
+        def faulty(model):
+            if model is None:
+                return None
+            changed = lambda params, *rows, **key: model.hidden_states(params, *change(*rows), **key)
+            return model._replace(hidden_states=changed)
+
+        return faulty(case.model), case.plain._replace(packed=faulty(case.plain.packed))
 
     return seed
 
@@ -220,7 +227,7 @@ def in_train(name, change):
     def seed(monkeypatch, case):
         function = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *args, **options: change(function(*args, **options)))
-        return case.model
+        return case.model, case.plain
 
     return seed
 
