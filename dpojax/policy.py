@@ -107,7 +107,9 @@ def _check_mesh(job: Job, config: ModelConfig) -> None:
     axes = [a for a in sharding.mesh_axes(rules.get("kv_heads", "")) if a not in sharding.ROW_AXES]
     size = math.prod(mesh.shape[a] for a in axes)
     shared = [a for a in sharding.mesh_axes(rules.get("vocab", "")) if a in axes and config.vocab_size % mesh.shape[a] == 0]
-    if config.num_kv_heads % size and config.num_heads % size == 0 and shared:
+    # Seen on one data shard alone; elsewhere `Program.compile` says what XLA could not do.
+    one_shard = sharding.num_shards(mesh) == 1
+    if one_shard and config.num_kv_heads % size and config.num_heads % size == 0 and shared:
         raise ConfigError(
             f"mesh.{axes[0]}={size}: the model has {config.num_kv_heads} key-value heads, which it does not divide; take a size that "
             f"divides {config.num_heads} heads and {config.num_kv_heads} key-value heads, or leave the vocabulary whole "

@@ -17,6 +17,8 @@ from typing import Any
 import filelock
 import jax
 
+from dpojax.errors import ConfigError
+
 CACHE_GIB = 1  # what the folder may hold; the programs that were not used for longest leave it first
 _LOCK_S = 10.0  # how long JAX itself waits for another process
 _REQUEST, _HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
@@ -77,7 +79,15 @@ class Program:
 
     def compile(self, *args) -> Any:
         """The executable for these arguments, arrays or ShapeDtypeStructs."""
-        return self._jitted.lower(*args).compile()
+        try:
+            return self._jitted.lower(*args).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "spmd_partitioner" not in str(error):
+                raise
+            raise ConfigError(
+                f"mesh.tensor: XLA cannot partition {self.name} over this mesh ({str(error).splitlines()[0]:.160}); take a size that "
+                "divides the model's heads and key-value heads, or leave the vocabulary whole (--config.mesh.rules.vocab=)"
+            ) from error
 
     def memory(self) -> str:
         """What the executable takes of a device, where that is worth a word."""
