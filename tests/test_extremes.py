@@ -20,10 +20,16 @@ LARGEST = {int: ["2147483647", "64", "8", "4"], float: ["3.4e38", "1", "0.999999
 FEW = {
     "num_steps": "2", "batch_size": "2", "log_every_steps": "1", "eval_every_steps": "2", "checkpoint_every_steps": "2",
     "self_check": "off", "data.micro_batch_tokens": "256", "model.hidden_size": "32", "model.intermediate_size": "48",
-    "model.head_dim": "8", "model.num_heads": "4", "model.num_kv_heads": "2", "model.num_layers": "1", "sft.num_steps": "1",
-    "sft.batch_size": "2", "sample.num_prompts": "2", "sample.kl_prompts": "1", "sample.max_new_tokens": "4",
+    "model.head_dim": "8", "model.num_heads": "4", "model.num_kv_heads": "2", "model.num_layers": "1", "sft.num_steps": "0",
+    "sft.batch_size": "2", "sample.num_prompts": "0", "sample.kl_prompts": "0", "sample.max_new_tokens": "4",
     "sample.reward": "", "optim.warmup_steps": "1", "sft.warmup_steps": "1", "mesh.data": "1", "mesh.fsdp": "-1",
 }  # fmt: skip
+# What a section's settings act on is in the run of its own settings alone: programs take most of the time.
+WITH = {
+    "sft.": {"sft.num_steps": "1"},
+    "sample.": {"sample.num_prompts": "2", "sample.kl_prompts": "1"},
+    "lora.": {"lora.rank": "2"},
+}
 # Of what the machine holds, and of hours: their largest values are another test's, or none's.
 TOO_LARGE = {"model.max_positions", *(f"model.{s}" for s in ("hidden_size", "intermediate_size", "num_layers", "num_heads",
                                                            "num_kv_heads", "head_dim"))}  # fmt: skip
@@ -53,6 +59,9 @@ def numbers(cls=Config, prefix=""):
 def config_with(files, pairs, changes):
     values = load_config_file(str(ROOT / "configs/tldr.py"))
     settings = FEW | {"data.train": str(pairs), "data.eval": str(pairs), "tokenizer": str(files / "tokenizer.model")}
+    for section, beside in WITH.items():
+        if any(key.startswith(section) for key in changes):
+            settings |= beside
     for key, text in (settings | changes).items():
         apply_override(values, key, text)
     return from_config_dict(values)
