@@ -166,10 +166,14 @@ def generate(args: argparse.Namespace) -> None:
         args.model, ignore=ignored_fields(args.ignore_fields), setting="--model"
     )  # one that is not there is said first
     text = open_text(args.model, args, Writing())
+    prompts = read_prompts(args, text)
+    with Output(args.out) as out:
+        _draw_responses(args, text, prompts, out)
+
+
+def _draw_responses(args: argparse.Namespace, text: Text, prompts: list[Prompt], out: Output) -> None:
     tokenizer = text.tokenizer
     assert tokenizer is not None
-    prompts = read_prompts(args, text)
-    out = Output(args.out)
     loaded = load_model(args.model, args, quiet=out.path is None)
     ids = [p.ids for p in prompts]
     check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens, "--max_prompt_tokens or --max_new_tokens")

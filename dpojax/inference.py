@@ -154,7 +154,7 @@ def load_model(path: str, args: argparse.Namespace, *, quiet: bool = False) -> L
 
 
 class Output:
-    """A JSONL file that is whole or not there; "-" is the standard output."""
+    """A JSONL file that is whole or not there; "-" is the standard output. A context, which removes what an error cut off."""
 
     def __init__(self, name: str):
         self.name = name
@@ -171,6 +171,19 @@ class Output:
             self.file = self.temporary.open("w", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out={name!r}: cannot be written: {error.strerror or error}") from error
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        if self.path is None or self.file.closed:
+            return
+        if kind is None:
+            self.close()
+            return
+        self.file.close()
+        if not self.in_place:
+            self.temporary.unlink(missing_ok=True)
 
     def write(self, row: dict[str, Any]) -> None:
         text = finite_json(row)

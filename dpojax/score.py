@@ -146,7 +146,11 @@ def score(args: argparse.Namespace) -> None:
     data, index = read_rows(args)
     if args.ref:
         check_shared_tokenizer(data.tokenizer, args.ref, [(data, index)], setting="--ref")
-    out = Output(args.out)
+    with Output(args.out) as out:
+        _score_rows(args, data, index, out)
+
+
+def _score_rows(args: argparse.Namespace, data: Dataset, index: Index, out: Output) -> None:
     quiet = out.path is None
     scores = []
     for name in filter(None, (args.model, args.ref)):
