@@ -126,6 +126,11 @@ def finish_run(
         "eval_rows": {} if data.eval_index is None else data.eval_index.counts,
         "self_check": check._asdict() if check else None,
     }
+    return _leave_report(job, summary, results, samples)
+
+
+def _leave_report(job: Job, summary: dict[str, Any], results: Any, samples: Any) -> dict[str, Any]:
+    """Writes summary.json and report.html, and says what came out; returns the summary."""
     if job.main_process:
         _write_summary(job, summary)
         page = report.render_report(job.workdir.name, job.config, summary, job.log.rows(), results, samples)
@@ -258,13 +263,7 @@ def _sft_alone(job: Job, data: Data, policy: Policy, began: float) -> dict[str, 
         "eval_rows": {},
         "self_check": None,
     }
-    if job.main_process:
-        _write_summary(job, summary)
-        page = report.render_report(job.workdir.name, job.config, summary, job.log.rows(), None, None)
-        job.write_file("report.html", page)
-        _say_results(summary, job.workdir / "report.html", job)
-    job.log.close()
-    return summary
+    return _leave_report(job, summary, None, None)
 
 
 def _finished(job: Job) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl_oracle import PLAIN
 
 
 class Recorded(DPOTrainer):
@@ -32,20 +33,8 @@ def main(model: str, rows: str, out: str, steps: str, pairs: str, rate: str) -> 
             output_dir=folder,
             max_steps=int(steps),
             per_device_train_batch_size=int(pairs),
-            train_sampling_strategy="sequential",
             learning_rate=float(rate),
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
-            max_grad_norm=1.0,
-            beta=0.1,
-            max_length=None,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+            **PLAIN,
         )
         Recorded.records = []
         data = Dataset.from_list([{k: r[k] for k in ("chosen", "rejected")} for r in read])

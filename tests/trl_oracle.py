@@ -19,6 +19,22 @@ SETTINGS = {
     "sigmoid_sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
 }
 
+# What both oracles train with: float32 on a CPU, in the file's order, at a constant rate, every step logged.
+PLAIN = dict(
+    train_sampling_strategy="sequential",
+    lr_scheduler_type="constant",
+    optim="adamw_torch",
+    max_grad_norm=1.0,
+    beta=0.1,
+    max_length=None,
+    gradient_checkpointing=False,
+    bf16=False,
+    use_cpu=True,
+    logging_steps=1,
+    save_strategy="no",
+    report_to=[],
+    disable_tqdm=True,
+)
 
 KEYS = (
     *("loss", "grad_norm", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
@@ -45,20 +61,8 @@ def run(model: str, rows: list[dict], setting: str, steps: int) -> dict[str, lis
             output_dir=out,
             max_steps=steps,
             per_device_train_batch_size=8,
-            train_sampling_strategy="sequential",
             learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
-            max_grad_norm=1.0,
-            beta=0.1,
-            max_length=None,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+            **PLAIN,
             **SETTINGS[setting],
         )
         TokenRows.records = []
