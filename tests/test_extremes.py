@@ -73,7 +73,7 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["smallest", "largest"])
+@pytest.mark.parametrize("end", ["smallest", pytest.param("largest", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("name", "kind"), numbers())
 def test_an_extreme_value_trains_or_is_refused_with_a_sentence(files, pairs, tmp_path, name, kind, end):
     if end == "largest" and name in TOO_LARGE:

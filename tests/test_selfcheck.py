@@ -279,7 +279,7 @@ def test_a_seeded_fault_is_refused(monkeypatch, case, fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=() if name in HARD else pytest.mark.exhaustive) for name in FAULTS])
 def test_a_seeded_fault_is_refused_in_a_deep_model(monkeypatch, pack, dtype, fault):
     case = make_case(pack, DEEP, dtype)
     model = FAULTS[fault](monkeypatch, case)
