@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_step_to_fall_back_to(files, fi
     [
         ({"loss.name": "ipo"}, "another loss: {'name': 'sigmoid'} then, {'name': 'ipo'} now"),
         ({"seed": 1}, "another"),
-        ({"model.intermediate_size": 128}, "down"),
+        ({"model.intermediate_size": 128}, "another model: {'intermediate_size': 96} then, {'intermediate_size': 128} now"),
         ({"model.param_dtype": "bfloat16"}, "allow_changed=dtype"),
         ({"data.max_response_tokens": 20}, "another layout: {'max_response_tokens': 128} then"),
     ],
