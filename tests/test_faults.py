@@ -529,7 +529,6 @@ def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault
         {"rope_parameters": {"rope_type": "magic"}},
         {"num_attention_heads": 0},
         {"rope_scaling": {"factor": 2}},
-        {"sliding_window": 4},
         {"brand_new": 1},
         {"model_type": "gpt2"},
     ],
