@@ -81,9 +81,10 @@ def locked_workdir(folder: pathlib.Path) -> Iterator[None]:
 
     Raises: ConfigError in every process, saying who holds it, if another run does.
     """
-    handle, holder = None, ""
+    handle, holder, is_new = None, "", False
     if jax.process_index() == 0:
         try:
+            is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             handle, holder = _take(folder)
         except OSError as error:
@@ -102,3 +103,6 @@ def locked_workdir(folder: pathlib.Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (folder / FILE).unlink()
             os.close(handle)
+            if is_new:  # of a run that is refused nothing is left; a folder that holds something stays
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
