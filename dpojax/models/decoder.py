@@ -270,7 +270,7 @@ class _Decoder(_Rows):
         if config.embed_scale != 1:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if config.positions == "learned":
-            x = x + jnp.take(w["positions"], positions, axis=0)
+            x = x + jnp.take(w["positions"], positions, axis=0, mode="clip")  # padding may stand past the table
         x = self.parts.constrain(x)
         layers = layers(config=config, dtype=self.dtype, param_dtype=self.param_dtype, parts=self.parts, name="layers")
         x, (cache, routing) = layers(x, Context(own, local, where, real), key, windows, cache)
