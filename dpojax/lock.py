@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -81,28 +82,32 @@ def locked_workdir(folder: pathlib.Path) -> Iterator[None]:
 
     Raises: ConfigError in every process, saying who holds it, if another run does.
     """
-    handle, holder, is_new = None, "", False
-    if jax.process_index() == 0:
-        try:
-            is_new = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, holder = _take(folder)
-        except OSError as error:
-            holder = f"its lock {folder / FILE} cannot be written: {error.strerror or error}"
-    taken = bool(holder)
-    if jax.process_count() > 1:
-        taken = bool(multihost_utils.broadcast_one_to_all(np.asarray(taken)))
-    if taken:
-        raise ConfigError(
-            f"--workdir={str(folder)!r}: another run is using it ({holder or 'as process 0 says'}); wait for it, or name another"
-        )
+    handle, trouble, new = None, "", []
     try:
+        try:
+            new = _missing(folder)
+            folder.mkdir(parents=True, exist_ok=True)  # by every process: hosts may have disks of their own
+            if jax.process_index() == 0:
+                handle, holder = _take(folder)
+                trouble = f"another run is using it ({holder}); wait for it, or name another" if holder else ""
+        except OSError as error:
+            trouble = f"cannot be written: {error.strerror or error} ({folder / FILE})"
+        refused = bool(trouble)
+        if jax.process_count() > 1:
+            refused = bool(multihost_utils.process_allgather(np.asarray(refused)).any())
+        if refused:
+            raise ConfigError(f"--workdir={str(folder)!r:.300}: {trouble or 'another process cannot use it, and says why'}")
         yield
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
                 (folder / FILE).unlink()
             os.close(handle)
-            if is_new:  # of a run that is refused nothing is left; a folder that holds something stays
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        with contextlib.suppress(OSError):  # of a run that is refused nothing is left; a folder that holds something stays
+            for made in new:
+                made.rmdir()
+
+
+def _missing(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder and those above it, as far as they do not exist."""
+    return list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))

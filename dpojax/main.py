@@ -6,7 +6,6 @@ Exit codes: 0 ok, 2 config or command line, 3 contents of data, 4 checkpoint, 5 
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import sys
@@ -106,8 +105,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     return Arguments(spec or "", workdir, overrides, wants_help, profile, allow_code)
 
 
-def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
-    """The run's folder, made and writable. Raises ConfigError otherwise."""
+def workdir_path(workdir: str | None, spec: str) -> pathlib.Path:
+    """The run's folder: `workdir`, or runs/ and the name of the config. Raises ConfigError for what can name none."""
     file, _, argument = spec.partition(":")
     name = workdir
     if name is None:
@@ -117,15 +116,7 @@ def make_workdir(workdir: str | None, spec: str) -> pathlib.Path:
         name = f"runs/{run_name}"
     if not name or "\0" in name or len(name) > 1000:
         raise ConfigError(f"--workdir={name!r:.80}: not the name of a folder")
-    path = pathlib.Path(name)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir={name!r}: cannot be written: {error.strerror or error}") from error
-    return path
+    return pathlib.Path(name)
 
 
 def join_run(configs: Sequence[Any]) -> None:
@@ -180,7 +171,7 @@ def train(argv: Sequence[str], stop: StopSignal) -> int:
     for key, text in overrides.items():
         apply_override(values, key, text)
     config = from_config_dict(values, overridden=frozenset(overrides))
-    folder = make_workdir(workdir, spec)
+    folder = workdir_path(workdir, spec)
     join_run([config])
     import jax
 

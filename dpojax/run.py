@@ -46,6 +46,8 @@ from dpojax.stages import (
 )
 from dpojax.train import TrainState, make_eval_step, new_state
 
+HARDLY_MOVED = 5e-3  # mean rewards below it: at beta 0.1 a response is within 0.05 nats of the reference
+
 
 def run(config: Config, workdir: pathlib.Path, stop: Stop, *, profile_steps: int = 0) -> dict[str, Any]:
     """Runs `config` in `workdir`, from where it stands there; returns the summary.
@@ -367,5 +369,11 @@ def _say_results(summary: dict[str, Any], path: pathlib.Path, job: Job) -> None:
                 for k, v in summary.items()
                 if k.startswith("peak_")
             )
+        )
+    rewards = [abs(summary[key]) for key in ("eval_rewards/chosen", "eval_rewards/rejected") if summary.get(key) is not None]
+    if summary["num_steps"] and rewards and max(rewards) < HARDLY_MOVED:
+        say(
+            f"note: the policy hardly moved: rewards of held-out responses are {max(rewards):.1e} at most; more steps move it, or a "
+            f"higher optim.learning_rate than {job.config.optim.learning_rate:g} (small models take 1e-5 to 1e-4)"
         )
     say(f"done in {duration(summary['seconds'])}: {path}")

@@ -167,19 +167,33 @@ _idle: list[_Child] = []
 _idle_owner = 0  # a process that was forked off has the list of its parent, whose children are not its own
 
 
-def _take() -> _Child:
+def _own_idle() -> list[_Child]:
+    """The idle children of this process."""
     global _idle_owner
     if _idle_owner != os.getpid():
         _idle_owner = os.getpid()
         _idle.clear()
-    return _idle.pop() if _idle else _Child()
+    return _idle
+
+
+def _take() -> _Child:
+    idle = _own_idle()
+    return idle.pop() if idle else _Child()
+
+
+def _working_folder() -> str:
+    """The folder that relative paths start from; "" where it was removed."""
+    try:
+        return str(pathlib.Path.cwd())
+    except OSError:
+        return ""
 
 
 class _Work:
     """Items on their way through a child, in order; a new child takes over where one dies."""
 
     def __init__(self, function: Callable[[Any, Any], Any], shared: Any):
-        self.task = _TASK + pickle.dumps((function, shared))
+        self.task = _TASK + pickle.dumps((_working_folder(), pickle.dumps((function, shared))))
         self.sent: deque[bytes] = deque()  # without a result yet
         self.again: deque[bytes] = deque()  # to be sent once more
         self.alone = 0  # items that are sent by themselves, to find the one that a child died of
@@ -366,6 +380,14 @@ def _unpack(_: Any, message: bytes) -> Any:
     return pickle.loads(message)
 
 
+def _unpack_task(_: Any, message: bytes) -> tuple[Callable[[Any, Any], Any], Any]:
+    """The function and what its items share. Relative paths mean what they mean to the parent now."""
+    folder, packed = pickle.loads(message)
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    return pickle.loads(packed)
+
+
 class _Worker:
     """What the child does: it unpacks a task, then works on items, and answers every message."""
 
@@ -389,7 +411,7 @@ class _Worker:
         if kind == _TASK:
             self.clock.renew(MAX_LOAD_SECONDS)
             self.task = None
-            loaded = _result(_unpack, None, body)
+            loaded = _result(_unpack_task, None, body)
             if isinstance(loaded, Exception):
                 result = loaded
             else:

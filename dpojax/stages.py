@@ -255,19 +255,12 @@ def train_stage(job: Job, stage: Stage, state: TrainState, ref_params: Any, base
     if stage.evaluation_due:  # nothing can be lost yet: a signal stops it at once
         stage.evaluate(int(state.step), state)
         stage.evaluation_due = False
-    with job.stop:
-        return _train(job, stage, state, ref_params, base)
+    # A GPU's loops hold the thread that dispatches them: the end of a step is seen from another one.
+    with job.stop, ThreadPoolExecutor(max_workers=1) as watch:
+        return _train(job, stage, state, ref_params, base, watch)
 
 
-def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any) -> TrainState:
-    # A GPU's loops hold the thread that dispatches them. Seen from here, step i would end when i + 1 does.
-    with ThreadPoolExecutor(max_workers=1) as watch:
-        return _train_watched(job, stage, state, ref_params, base, watch)
-
-
-def _train_watched(
-    job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any, watch: ThreadPoolExecutor
-) -> TrainState:
+def _train(job: Job, stage: Stage, state: TrainState, ref_params: Any, base: Any, watch: ThreadPoolExecutor) -> TrainState:
     start = int(state.step)
     batches = stage.batches(start)
     pending: Dispatched | None = None

@@ -37,7 +37,7 @@ from dpojax.errors import ConfigError
 from dpojax.flags import did_you_mean, nearest_setting
 from dpojax.job import Job, Stop
 from dpojax.lock import locked_workdir
-from dpojax.main import join_run, known_flags, make_workdir
+from dpojax.main import join_run, known_flags, workdir_path
 from dpojax.metrics import MetricsLog, accuracy_and_margin, say
 from dpojax.models.lora import join
 from dpojax.opening import Opened, open_inputs, open_run, write_settings
@@ -436,7 +436,7 @@ def sweep(argv: Sequence[str], stop: StopSignal) -> int:
     for key, text in overrides.items():
         apply_override(values, key, text)
     runs = combinations(values, grid, frozenset(overrides))
-    folder = make_workdir(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
+    folder = workdir_path(workdir or f"runs/{pathlib.Path(spec.partition(':')[0]).stem}-sweep", spec)
     join_run(list(runs.values()))
     stop.processes = jax.process_count()
     with contextlib.ExitStack() as locks:

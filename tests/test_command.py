@@ -200,6 +200,16 @@ def test_one_run_holds_a_workdir_and_a_kill_frees_it(tmp_path):
     assert not (tmp_path / FILE).exists()
 
 
+def test_a_run_that_is_refused_leaves_no_folder_and_one_that_ran_leaves_its_own(tmp_path):
+    place = tmp_path / "runs" / "first"
+    with pytest.raises(ConfigError, match="refused"), locked_workdir(place):
+        raise ConfigError("refused")
+    assert not list(tmp_path.iterdir())
+    with locked_workdir(place):
+        (place / "run.json").write_text("{}")
+    assert [path.name for path in place.iterdir()] == ["run.json"]
+
+
 def test_a_lock_is_no_way_to_other_files(tmp_path):
     (tmp_path / "other").write_text("mine")
     (tmp_path / FILE).symlink_to(tmp_path / "other")

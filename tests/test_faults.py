@@ -41,7 +41,8 @@ from dpojax.data.pipeline import _name_failures
 from dpojax.data.tokens import load_tokenizer
 from dpojax.errors import ConfigError, DataError
 from dpojax.launch import alone_on_its_machine, launcher, tpu_host
-from dpojax.main import main, make_workdir
+from dpojax.lock import locked_workdir
+from dpojax.main import main, workdir_path
 from dpojax.metrics import MetricsLog, finite_json
 from dpojax.models import hf
 from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, make_update, new_state
@@ -460,15 +461,15 @@ def test_fewer_rows_than_a_batch_repeat_within_the_step(files, tmp_path):
 @pytest.mark.parametrize("name", ["a\0b", "x" * 4000, "FILE/below", "FILE"])
 def test_a_hostile_workdir_is_a_config_error(tmp_path, name):
     (tmp_path / "FILE").write_text("")
-    with pytest.raises(ConfigError, match="workdir"):
-        make_workdir(str(tmp_path / name), "configs/tldr.py")
+    with pytest.raises(ConfigError, match="workdir"), locked_workdir(workdir_path(str(tmp_path / name), "configs/tldr.py")):
+        raise AssertionError("the run began")
 
 
 @pytest.mark.parametrize("spec", ["configs/tldr.py:../../x", "configs/tldr.py:a/b", "configs/tldr.py:" + "x" * 4000])
 def test_a_hostile_run_name_is_a_config_error(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="set --workdir"):
-        make_workdir(None, spec)
+        workdir_path(None, spec)
     assert not list(tmp_path.iterdir())
 
 

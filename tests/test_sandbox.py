@@ -53,6 +53,17 @@ def verdicts(data):
     return [found for _, found in data.read_groups(range(data.records.size))]
 
 
+def test_relative_paths_mean_what_they_mean_to_the_caller_wherever_an_older_child_started(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        tiny_tokenizer(tmp_path / name / "tokenizer")
+        monkeypatch.chdir(tmp_path / name)
+        assert load_tokenizer("tokenizer").eos_id == 1
+        (tmp_path / name / "tokenizer" / "tokenizer.json").unlink()
+        with pytest.raises(ConfigError):
+            load_tokenizer("tokenizer")
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

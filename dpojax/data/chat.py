@@ -85,6 +85,10 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.safe_attributes: dict[tuple[type, str], bool] = {}
+
     def call(self, context, obj, *args, **kwargs):
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str) and name in ("replace", "join"):
@@ -92,9 +96,15 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj, attr, value):
-        return attr not in FORBIDDEN and super().is_safe_attribute(obj, attr, value)
+        kind = (type(obj), attr)  # all that the answer depends on; a template asks for the same few again and again
+        if kind not in self.safe_attributes:
+            self.safe_attributes[kind] = attr not in FORBIDDEN and super().is_safe_attribute(obj, attr, value)
+        return self.safe_attributes[kind]
 
     def call_binop(self, context, operator, left, right):
+        if operator == "+" and type(left) is str and type(right) is str:  # nearly always
+            _bounded(len(left) + len(right), "+")
+            return left + right
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "+" and not numbers:
             if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pathlib
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ class _Lines:
                 parts = iter([self.data])
             else:
                 self.file = self.path.open("rb")
+                weakref.finalize(self, self.file.close)  # rows are read as long as anyone holds them
                 parts = (np.frombuffer(part, np.uint8) for part in iter(lambda: self.file.read(2**24), b""))
             self.starts, self.ends, firsts = _line_places(parts)
         except (OSError, EOFError, zlib.error, MemoryError) as error:
