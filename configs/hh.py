@@ -1,17 +1,19 @@
 """Anthropic HH: single-turn and multi-turn dialogue preferences.
 
-    python -m dpojax.main --config=configs/hh.py --config.data.train=FILE --config.data.eval=FILE --config.model.init=DIR
-    python -m dpojax.main --config=configs/hh.py:paper ...
+    python -m dpojax.main --config=hh --config.data.train=FILE --config.data.eval=FILE
+    --config.model.init=DIR
+    python -m dpojax.main --config=hh:paper ...
 
-Rows are whole "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts, as published; rows that hold no usable pair are dropped and
-counted. `:paper` holds the settings of Rafailov et al. 2023: Pythia-2.8B after SFT, beta 0.1, batch 64, RMSprop at 1e-6,
-150 warmup steps, lengths 512 and 256, one epoch. Hardware: accelerators; the time depends on them and was not measured.
-Without `:paper`: settings for a small model on a CPU; minutes.
+Rows are whole "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts, as published; rows that hold no
+usable pair are dropped and counted. `:paper` holds the settings of Rafailov et al. 2023:
+Pythia-2.8B after SFT, beta 0.1, batch 64, RMSprop at 1e-6, 150 warmup steps, lengths 512 and 256,
+one epoch. Hardware: accelerators; the time depends on them and was not measured. Without `:paper`:
+settings for a small model on a CPU; minutes.
 """
 
 from ml_collections import ConfigDict
 
-from configs import tldr
+from dpojax.configs import tldr
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,16 +1,18 @@
 """IMDb: controlled sentiment, K ranked completions to a prefix of a review.
 
-    python -m dpojax.main --config=configs/imdb.py --config.data.train=FILE --config.data.eval=FILE --config.model.init=DIR
-    python -m dpojax.main --config=configs/imdb.py:paper ...
+    python -m dpojax.main --config=imdb --config.data.train=FILE --config.data.eval=FILE
+    --config.model.init=DIR
+    python -m dpojax.main --config=imdb:paper ...
 
-Rows: {prompt, chosen, rejected, score_chosen, score_rejected}, or {prompt, responses, scores} with 4 completions, which make
-6 pairs that share 4 response forwards. `:paper` holds the settings of Rafailov et al. 2023: gpt2-large after SFT, pairs ranked
-by a sentiment classifier, beta swept over 0.05, 0.1, 1 and 5, evaluation every 100 steps. Hardware: accelerators; not measured.
+Rows: {prompt, chosen, rejected, score_chosen, score_rejected}, or {prompt, responses, scores} with
+4 completions, which make 6 pairs that share 4 response forwards. `:paper` holds the settings of
+Rafailov et al. 2023: gpt2-large after SFT, pairs ranked by a sentiment classifier, beta swept over
+0.05, 0.1, 1 and 5, evaluation every 100 steps. Hardware: accelerators; not measured.
 """
 
 from ml_collections import ConfigDict
 
-from configs import tldr
+from dpojax.configs import tldr
 
 
 def get_config(arg: str = "") -> ConfigDict:

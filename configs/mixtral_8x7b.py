@@ -1,14 +1,15 @@
 """Mixtral 8x7B: a mixture of experts, its experts spread over the tensor axis.
 
-    python -m dpojax.plan --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4
-    python -m dpojax.main --config=configs/mixtral_8x7b.py --config.model.init=DIR --config.data.train=FILE --config.data.eval=FILE
+    python -m dpojax.plan --config=mixtral_8x7b --topology=v5p:4x4x4
+    python -m dpojax.main --config=mixtral_8x7b --config.model.init=DIR
+    --config.data.train=FILE --config.data.eval=FILE
 
 Hardware: 64 v5p chips. The plan predicts memory and time; no run of this size was measured.
 """
 
 from ml_collections import ConfigDict
 
-from configs import llama3_8b
+from dpojax.configs import llama3_8b
 
 
 def get_config(arg: str = "") -> ConfigDict:

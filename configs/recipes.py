@@ -1,23 +1,25 @@
-"""Published recipes: the hyper-parameters of well-known preference-tuned models, with their sources.
+"""Published recipes: the hyper-parameters of well-known preference-tuned models, with their
+sources.
 
-    python -m dpojax.main --config=configs/recipes.py:NAME --config.model.init=DIR --config.data.train=FILE --config.data.eval=FILE
+    python -m dpojax.main --config=recipes:NAME --config.model.init=DIR
+    --config.data.train=FILE --config.data.eval=FILE
 
-| NAME   | model of the paper        | objective                       | source                              |
-|--------|---------------------------|---------------------------------|-------------------------------------|
-| zephyr | Mistral-7B after SFT      | sigmoid, beta 0.1               | Tunstall et al. 2023, arXiv:2310.16944 |
-| llama3 | Llama 3                   | sigmoid, beta 0.1, + 0.2 sft    | Dubey et al. 2024, arXiv:2407.21783 |
-| tulu3  | Llama-3.1-8B after SFT    | sigmoid_norm, beta 5            | Lambert et al. 2024, arXiv:2411.15124 |
-| simpo  | Llama-3-8B-Instruct       | simpo, beta 2.5, gamma 0.55 beta | Meng et al. 2024, arXiv:2405.14734  |
-| orpo   | Mistral-7B                | orpo, lambda 0.1                | Hong et al. 2024, arXiv:2403.07691  |
+| NAME   | model of the paper     | objective                        | source           |
+|--------|------------------------|----------------------------------|------------------|
+| zephyr | Mistral-7B after SFT   | sigmoid, beta 0.1                | arXiv:2310.16944 |
+| llama3 | Llama 3                | sigmoid, beta 0.1, + 0.2 sft     | arXiv:2407.21783 |
+| tulu3  | Llama-3.1-8B after SFT | sigmoid_norm, beta 5             | arXiv:2411.15124 |
+| simpo  | Llama-3-8B-Instruct    | simpo, beta 2.5, gamma 0.55 beta | arXiv:2405.14734 |
+| orpo   | Mistral-7B             | orpo, lambda 0.1                 | arXiv:2403.07691 |
 
-Llama 3 also masks the formatting tokens of both responses: name them in data.mask_tokens. Hardware: accelerators; the
-time and the results depend on them and on the model, and were not measured.
+Llama 3 also masks the formatting tokens of both responses: name them in data.mask_tokens. Hardware:
+accelerators; the time and the results depend on them and on the model, and were not measured.
 """
 
 from ml_collections import ConfigDict
 
-from configs import tldr
-from dpojax.flags import did_you_mean
+from dpojax.configs import tldr
+from dpojax.errors import did_you_mean
 
 NAMES = ("zephyr", "llama3", "tulu3", "simpo", "orpo")
 
@@ -25,7 +27,9 @@ NAMES = ("zephyr", "llama3", "tulu3", "simpo", "orpo")
 def get_config(arg: str = "") -> ConfigDict:
     """The settings of the recipe `arg`."""
     if arg not in NAMES:
-        raise ValueError(f"unknown recipe {arg!r}; it is one of {', '.join(NAMES)}{did_you_mean(arg, NAMES)}")
+        raise ValueError(
+            f"unknown recipe {arg!r}; it is one of {', '.join(NAMES)}{did_you_mean(arg, NAMES)}"
+        )
     c = tldr.get_config("paper")
     c.data.max_prompt_tokens = 1024
     c.data.max_response_tokens = 1024

@@ -1,65 +1,107 @@
-"""Prompts -> sampled responses, as JSONL: python -m dpojax.generate --model=DIR --prompts=FILE --out=FILE."""
+"""Prompts -> sampled responses, as JSONL: python -m dpojax.generate --model=DIR --prompts=FILE
+--out=FILE.
+"""
 
 import argparse
-import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from dpojax import sampling, sharding
-from dpojax.command import leave
-from dpojax.config import unescape
+from dpojax.command_line import (
+    Output,
+    Parser,
+    leave,
+    note,
+    run_tool,
+)
+from dpojax.config.data import unescape
+from dpojax.data.open_tokenizer import stop_ids
 from dpojax.data.prompts import Prompt, PromptReader
 from dpojax.data.sources import open_sources
-from dpojax.data.tokens import Tokenizer, stop_ids
+from dpojax.data.tokenizers import Tokenizer
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, NumericsError
-from dpojax.flags import Parser
-from dpojax.inference import (
+from dpojax.generation.loaded import (
+    LOGPS_CHUNK_TOKENS,
     Loaded,
-    Output,
     Text,
     add_model_arguments,
     add_text_arguments,
     load_model,
-    note,
     open_text,
-    run_tool,
 )
-from dpojax.metrics import Progress
-from dpojax.policy import check_positions
-from dpojax.weights import ignored_fields, open_weights
+from dpojax.generation.sampler import (
+    Response,
+    SampleSettings,
+    compile_sampler,
+    draw,
+    fetch_whole,
+    make_scorer,
+    prompt_width,
+    rows_put,
+    score_batches,
+    whole_batch,
+)
+from dpojax.models.placed import check_positions
+from dpojax.runtime.log import Progress
+from dpojax.runtime.mesh import num_shards
+from dpojax.weights.open import ignored_fields, open_weights
 
-# Largest difference of a token's log-prob between sampling and the training forward, nats.
+# The largest difference of a token's log-prob between sampling and the training forward, nats.
 BOUND = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 def parser() -> Parser:
     """The command line."""
-    made = Parser(
-        prog="python -m dpojax.generate", description="Samples responses to prompts, reproducibly by --seed, as JSONL."
+    flags = Parser(
+        prog="python -m dpojax.generate",
+        description="Samples responses to prompts, reproducibly by --seed, as JSONL.",
     )
-    made.add_argument("--model", required=True, help="Hugging Face directory, PEFT adapter, dpojax workdir or llama2.c .bin")
-    made.add_argument("--prompts", default="", help="file of rows with 'prompt' (text or messages), 'messages' or 'prompt_ids'")
-    made.add_argument("--prompt", default="", help="one prompt, instead of a file")
-    made.add_argument("--out", default="-", help="JSONL: each row with its 'responses' added; '-': standard output")
-    made.add_argument("--num_samples", type=int, default=1, help="responses to each prompt")
-    made.add_argument("--max_new_tokens", type=int, default=128)
-    made.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    made.add_argument("--top_k", type=int, default=0, help="0: off")
-    made.add_argument("--top_p", type=float, default=1.0, help="1: off")
-    made.add_argument("--stop", action="append", default=[], help="text that ends a response and is cut off; may be repeated")
-    made.add_argument("--seed", type=int, default=0, help="a draw depends on it and on the row's place in the file")
-    made.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
-    made.add_argument("--token_logps", action="store_true", help="with the ids and log-probs of all tokens")
-    made.add_argument("--limit", type=int, default=0, help="only the first so many rows; 0: all")
-    add_text_arguments(made)
-    add_model_arguments(made)
-    return made
+    flags.add_argument(
+        "--model",
+        required=True,
+        help="Hugging Face directory, PEFT adapter, dpojax workdir or llama2.c .bin",
+    )
+    flags.add_argument(
+        "--prompts",
+        default="",
+        help="file of rows with 'prompt' (text or messages), 'messages' or 'prompt_ids'",
+    )
+    flags.add_argument("--prompt", default="", help="one prompt, instead of a file")
+    flags.add_argument(
+        "--out",
+        default="-",
+        help="JSONL: each row with its 'responses' added; '-': standard output",
+    )
+    flags.add_argument("--num_samples", type=int, default=1, help="responses to each prompt")
+    flags.add_argument("--max_new_tokens", type=int, default=128)
+    flags.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    flags.add_argument("--top_k", type=int, default=0, help="0: off")
+    flags.add_argument("--top_p", type=float, default=1.0, help="1: off")
+    flags.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a response and is cut off; may be repeated",
+    )
+    flags.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="a draw depends on it and on the row's place in the file",
+    )
+    flags.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
+    flags.add_argument(
+        "--token_logps", action="store_true", help="with the ids and log-probs of all tokens"
+    )
+    flags.add_argument("--limit", type=int, default=0, help="only the first so many rows; 0: all")
+    add_text_arguments(flags)
+    add_model_arguments(flags)
+    return flags
 
 
 def read_prompts(args, text: Text) -> list[Prompt]:
@@ -77,10 +119,17 @@ def read_prompts(args, text: Text) -> list[Prompt]:
 
 def check_settings(args) -> None:
     """Raises ConfigError for a setting out of its range."""
-    least = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1, "limit": 0}
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise ConfigError(f"--{name}={getattr(args, name)}: it must be at least {value}")
+    at_least = {
+        "num_samples": (args.num_samples, 1),
+        "max_new_tokens": (args.max_new_tokens, 1),
+        "top_k": (args.top_k, 0),
+        "seed": (args.seed, 0),
+        "batch_size": (args.batch_size, 1),
+        "limit": (args.limit, 0),
+    }
+    for flag, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(f"--{flag}={value}: it must be at least {least}")
     if not math.isfinite(args.temperature) or args.temperature < 0:
         raise ConfigError(f"--temperature={args.temperature}: it must be finite and >= 0")
     if not 0 < args.top_p <= 1:
@@ -96,13 +145,19 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
     return min(places, default=None)
 
 
-def stopper(tokenizer: Tokenizer, stops: Sequence[str]):
-    """ids -> how many of them a stop string ends, or None: the fewest whose text holds one."""
+def stopper(tokenizer: Tokenizer, stops: Sequence[str]) -> Callable[[list[int]], int | None] | None:
+    """The function ids -> how many of them a stop string ends: the fewest whose text holds one, or
+    None. Without stop strings there is no such function.
+    """
+    if not stops:
+        return None
 
     def stopped(ids: list[int]) -> int | None:
         if first_stop(tokenizer.decode(ids), stops) is None:
             return None
-        low, high = 1, len(ids)  # the text of more ids holds what the text of fewer holds
+        # A search by halves: the text of more ids holds what the text of fewer holds.
+        low = 1
+        high = len(ids)
         while low < high:
             middle = (low + high) // 2
             if first_stop(tokenizer.decode(ids[:middle]), stops) is None:
@@ -111,17 +166,25 @@ def stopper(tokenizer: Tokenizer, stops: Sequence[str]):
                 high = middle
         return low
 
-    return stopped if stops else None
+    return stopped
 
 
-def check_logps(loaded: Loaded, prompts, responses, *, width: int, each: int, settings, batch_size: int) -> float:
-    """The largest difference per token between sampled log-probs and the training forward's, over one batch, nats.
+def check_logps(
+    loaded: Loaded, prompts, responses, *, width: int, each: int, settings, batch_size: int
+) -> float:
+    """The largest difference per token between sampled log-probs and those of the training forward,
+    over one batch, nats.
+
+    Args:
+      each: responses to a prompt, which follow one another in `responses`.
 
     Raises: NumericsError past BOUND.
     """
-    shards = sharding.num_shards(loaded.mesh)
-    scorer = sampling.make_scorer(loaded.model, prompt_width=width, num_shards=shards, chunk=256)
-    totals = sampling.score_batches(
+    shards = num_shards(loaded.mesh)
+    scorer = make_scorer(
+        loaded.model, prompt_width=width, num_shards=shards, chunk=LOGPS_CHUNK_TOKENS
+    )
+    totals = score_batches(
         jax.jit(scorer),
         loaded.params,
         [prompts[i // each] for i in range(len(responses))],
@@ -130,83 +193,117 @@ def check_logps(loaded: Loaded, prompts, responses, *, width: int, each: int, se
         batch_size=batch_size,
         max_new_tokens=settings.max_new_tokens,
         pad_id=settings.pad_id,
-        put=sampling.rows_put(loaded.mesh),
-        fetch=sampling.fetch_whole,
+        put=rows_put(loaded.mesh),
+        fetch=fetch_whole,
     )
     sampled = np.asarray([r.logps.sum() for r in responses])
     lengths = np.asarray([max(1, len(r.ids)) for r in responses])
     worst = float(np.max(np.abs(totals - sampled) / lengths))
     if not worst <= BOUND[loaded.dtype]:
         raise NumericsError(
-            f"the sampled log-probs differ from the training forward's by {worst:.1e} nats per token, over {BOUND[loaded.dtype]:g}"
+            f"the sampled log-probs differ from the training forward's by {worst:.1e} nats per"
+            f" token, over {BOUND[loaded.dtype]:g}"
         )
     return worst
 
 
-def describe(response: sampling.Response, tokenizer: Tokenizer, ends: Sequence[int], args) -> dict[str, Any]:
+def describe(response: Response, tokenizer: Tokenizer, ends: Sequence[int], args) -> dict[str, Any]:
     """A response as it is written."""
-    ids = response.ids[:-1] if response.ids and response.ids[-1] in ends else response.ids
-    text = tokenizer.decode(ids)
-    cut = first_stop(text, args.stop)
-    found: dict[str, Any] = {
-        "text": text if cut is None else text[:cut],
+    text = tokenizer.decode(response.without_end(ends))
+    finish = "length"
+    if response.ended:
+        finish = "stop"
+    written: dict[str, Any] = {
+        "text": text[: first_stop(text, args.stop)],
         "num_tokens": len(response.ids),
         "logp": float(response.logps.sum()),
-        "finish": "stop" if response.ended else "length",
+        "finish": finish,
     }
     if args.token_logps:
-        found |= {"ids": response.ids, "token_logps": [float(x) for x in response.logps]}
-    return found
+        written |= {"ids": response.ids, "token_logps": [float(x) for x in response.logps]}
+    return written
 
 
 def generate(args: argparse.Namespace) -> None:
     """Samples, checks the log-probs of the first batch, and writes."""
     check_settings(args)
-    open_weights(
-        args.model, ignore=ignored_fields(args.ignore_fields), setting="--model"
-    )  # one that is not there is said first
+    # A model that does not exist is the first thing to be said.
+    open_weights(args.model, ignore=ignored_fields(args.ignore_fields), setting="--model")
     text = open_text(args.model, args, Writing())
     prompts = read_prompts(args, text)
     with Output(args.out) as out:
         _draw_responses(args, text, prompts, out)
 
 
-def _draw_responses(args: argparse.Namespace, text: Text, prompts: list[Prompt], out: Output) -> None:
+def _draw_responses(
+    args: argparse.Namespace, text: Text, prompts: list[Prompt], out: Output
+) -> None:
     tokenizer = text.tokenizer
     assert tokenizer is not None
     loaded = load_model(args.model, args, quiet=out.path is None)
     ids = [p.ids for p in prompts]
-    check_positions(loaded.config, max(map(len, ids)) + args.max_new_tokens, "--max_prompt_tokens or --max_new_tokens")
-    if max(map(max, ids)) >= loaded.config.vocab_size:
-        raise ConfigError(f"a prompt holds the token id {max(map(max, ids))}, the model has {loaded.config.vocab_size}")
-    ends = stop_ids(tokenizer, text.chat)
-    settings = sampling.SampleSettings(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, ends, tokenizer.pad_id, args.num_samples
+    check_positions(
+        loaded.config,
+        max(map(len, ids)) + args.max_new_tokens,
+        "--max_prompt_tokens or --max_new_tokens",
     )
-    jit = lambda name, function, **options: jax.jit(function, **options)
-    sampler = sampling.compile_sampler(loaded.model, settings, loaded.mesh, jit)
-    size, width = sampling.whole_batch(args.batch_size, len(ids), loaded.mesh), sampling.prompt_width(ids)
+    if max(map(max, ids)) >= loaded.config.vocab_size:
+        raise ConfigError(
+            f"a prompt holds the token id {max(map(max, ids))}, the model has"
+            f" {loaded.config.vocab_size}"
+        )
+    ends = stop_ids(tokenizer, text.chat)
+    settings = SampleSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_id,
+        num_samples=args.num_samples,
+    )
+
+    def jit(name, function, **options):
+        return jax.jit(function, **options)
+
+    sampler = compile_sampler(loaded.model, settings, loaded.mesh, jit)
+    size = whole_batch(args.batch_size, len(ids), loaded.mesh)
+    width = prompt_width(ids)
     progress = Progress("sampling", len(ids), "prompts", enabled=out.path is not None)
-    draw = functools.partial(
-        sampling.generate, sampler, loaded.params, settings=settings, width=width, batch_size=size,
-        put=sampling.rows_put(loaded.mesh), fetch=sampling.fetch_whole, stopped=stopper(tokenizer, args.stop),
-    )  # fmt: skip
-    responses = draw(ids, seed=args.seed, progress=progress)
+    responses = draw(
+        sampler,
+        loaded.params,
+        ids,
+        settings=settings,
+        seed=args.seed,
+        width=width,
+        batch_size=size,
+        put=rows_put(loaded.mesh),
+        fetch=fetch_whole,
+        progress=progress,
+        stopped=stopper(tokenizer, args.stop),
+    )
     for i, response in enumerate(responses):
         if not np.isfinite(response.logps).all():
             raise NumericsError(
-                f"prompt {i // args.num_samples}: the log-prob of a sampled token is not finite; compute with --dtype=float32, or "
-                "look at the weights"
+                f"prompt {i // args.num_samples}: the log-prob of a sampled token is not finite;"
+                " compute with --dtype=float32, or look at the weights"
             )
     first = responses[: size * args.num_samples]
-    worst = check_logps(loaded, ids, first, width=width, each=args.num_samples, settings=settings, batch_size=size)
+    worst = check_logps(
+        loaded, ids, first, width=width, each=args.num_samples, settings=settings, batch_size=size
+    )
     for i, prompt in enumerate(prompts):
-        own = responses[i * args.num_samples : (i + 1) * args.num_samples]
-        out.write({**prompt.row, "responses": [describe(r, tokenizer, ends, args) for r in own]})
+        drawn = responses[i * args.num_samples : (i + 1) * args.num_samples]
+        out.write({**prompt.row, "responses": [describe(r, tokenizer, ends, args) for r in drawn]})
     out.close()
     tokens = sum(len(r.ids) for r in responses)
     progress.close(f"{len(responses):,} responses, {tokens:,} tokens, written to {args.out}")
-    note(f"log-probs: sampled and training forward differ by at most {worst:.1e} nats per token ({len(first)} responses)", out)
+    note(
+        f"log-probs: sampled and training forward differ by at most {worst:.1e} nats per token"
+        f" ({len(first)} responses)",
+        out,
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,12 +8,18 @@ import pathlib
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of a test's time is compiling, and LLVM's optimizations are most of that. Runs in processes
+# of their own (support/runs.py) compile as a user's do.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 # Tests of accelerators take their device and compare with the CPU of the same process.
 PLATFORM = os.environ.get("DPOJAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Workers and the runs that they start compile a program once between them; .ci/run names one folder for all its steps.
+    # Workers and the runs that they start compile a program once between them; .ci/run names one
+    # folder for all its steps.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpojax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -22,8 +28,14 @@ import jax
 import jaxtyping
 import pytest
 
-# The shapes that these modules annotate are checked at every call (not in the subprocesses that run the command line).
-SHAPED = ("losses", "objectives", "logps", "train", "sampling", "models", "data.packing")
+# The shapes that these modules annotate are checked at every call (not in the subprocesses that run
+# the command line).
+SHAPED = (
+    *("objectives.pairs", "objectives.preference", "objectives.table", "objectives.loss"),
+    *("training.state", "training.logps", "training.micro_batches", "training.scores"),
+    *("training.pairs", "training.metrics", "training.gradients", "training.update"),
+    *("generation.sampler", "models", "data.packing"),
+)
 jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartype")
 
 import messages
@@ -44,11 +56,15 @@ def _checked(self, *args):
 
 errors.DpojaxError.__init__ = _checked
 
-DATA = pathlib.Path(os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+DATA = pathlib.Path(
+    os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")
+).resolve()
 
 
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests come first: a long one that starts last would leave the other worker idle."""
+    """Files with the most slow tests come first: a long one that starts last would leave the other
+    worker idle.
+    """
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # stable: a file's own order stays
 
@@ -63,15 +79,19 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A small Hugging Face directory, to read or to copy: its weights are those of `tiny.params`."""
+    """A small Hugging Face directory, to read or to copy: its
+    weights are those of `tiny.params`.
+    """
     import tiny
 
-    from dpojax.models import hf
+    from dpojax.weights import export
 
     folder = tmp_path_factory.mktemp("exported") / "hf"
-    fields = hf.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
+    fields = export.llama_fields(tiny.CONFIG, bos_id=1, eos_id=2)
     params = tiny.params(tiny.model())
-    hf.export_params(params, tiny.CONFIG, folder, fields=fields, dtype="float32", companions=None)
+    export.export_params(
+        params, tiny.CONFIG, folder, fields=fields, dtype="float32", companions=None
+    )
     return folder
 
 

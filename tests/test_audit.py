@@ -28,7 +28,12 @@ def files(tmp_path):
 
 
 def test_planted_faults_are_counted_and_located(files, capsys):
-    argv = [f"--data={files / 'x.jsonl'}", f"--tokenizer={files / 'tokenizer.model'}", "--show=1", "--color=always"]
+    argv = [
+        f"--data={files / 'x.jsonl'}",
+        f"--tokenizer={files / 'tokenizer.model'}",
+        "--show=1",
+        "--color=always",
+    ]
     assert audit.main(argv) == 0
     text = capsys.readouterr().out
     expected = [
@@ -57,15 +62,33 @@ def test_published_dialogues_are_read_with_their_faults(shared_data, capsys):
     data, tokenizer = shared_data / "hh/harmless-base.jsonl.gz", shared_data / "tokenizers/llama2"
     assert audit.main([f"--data={data}", f"--tokenizer={tokenizer}", "--show=0"]) == 0
     text = capsys.readouterr().out
-    assert "2,312 rows, 2,303 usable pairs" in text and "5 dropped, chosen and rejected answer different prompts" in text
+    assert (
+        "2,312 rows, 2,303 usable pairs" in text
+        and "5 dropped, chosen and rejected answer different prompts" in text
+    )
 
 
 def test_labelled_responses_are_counted_by_their_label(tmp_path, capsys):
-    rows = [("a b", "c d e", True), ("a b", "f", False), ("a b", "c d e", False), ("g", "h", True), ("g", "h", True)]
+    rows = [
+        ("a b", "c d e", True),
+        ("a b", "f", False),
+        ("a b", "c d e", False),
+        ("g", "h", True),
+        ("g", "h", True),
+    ]
     lines = [json.dumps({"prompt": p, "completion": c, "label": v}) + "\n" for p, c, v in rows]
     (tmp_path / "x.jsonl").write_text("".join(lines))
     world.make_world(7, num_posts=2000, num_pairs=4, num_eval=4).tokenizer.save(tmp_path)
-    assert audit.main([f"--data={tmp_path / 'x.jsonl'}", f"--tokenizer={tmp_path / 'tokenizer.model'}", "--unpaired"]) == 0
+    assert (
+        audit.main(
+            [
+                f"--data={tmp_path / 'x.jsonl'}",
+                f"--tokenizer={tmp_path / 'tokenizer.model'}",
+                "--unpaired",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     for line in (
         "5 usable labelled responses",

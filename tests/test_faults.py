@@ -1,4 +1,6 @@
-"""What goes wrong on real machines, each with its outcome: kills, damaged files, bad numbers, full disks, bad weights."""
+"""What goes wrong on real machines, each with its outcome: kills, damaged files, bad numbers, full
+disks, bad weights.
+"""
 
 import importlib.util
 import json
@@ -23,6 +25,7 @@ from runs import (
     by_slurm,
     command,
     environment,
+    finish,
     free_port,
     losses,
     numbers,
@@ -34,31 +37,29 @@ from runs import (
     wait_for,
 )
 
-from dpojax import convert, generate, report, score
-from dpojax.checkpoint import Checkpoints
-from dpojax.config import from_config_dict, load_config_file
-from dpojax.data.pipeline import _name_failures
-from dpojax.data.tokens import load_tokenizer
+from dpojax import convert, generate, score
+from dpojax.config.load import from_config_dict, load_config_file
+from dpojax.data.batches import _name_failures
+from dpojax.data.open_tokenizer import load_tokenizer
 from dpojax.errors import ConfigError, DataError
-from dpojax.launch import alone_on_its_machine, launcher, tpu_host
-from dpojax.lock import locked_workdir
-from dpojax.main import main, workdir_path
-from dpojax.metrics import MetricsLog, finite_json
-from dpojax.models import hf
-from dpojax.train import SPIKE_AFTER_STEPS, Gradients, make_train_step, make_update, new_state
+from dpojax.evaluation import plots
+from dpojax.evaluation.pair_findings import PANELS
+from dpojax.main import main
+from dpojax.runtime.log import MetricsLog, finite_json
+from dpojax.runtime.processes import alone_on_its_machine, launcher, tpu_host
+from dpojax.runtime.workdir import locked_workdir, workdir_path
+from dpojax.training.checkpoint import Checkpoints
+from dpojax.training.gradients import Gradients
+from dpojax.training.state import new_state
+from dpojax.training.update import SPIKE_AFTER_STEPS, Spikes, make_train_step, make_update
+from dpojax.weights import huggingface, safetensors
 
 
 def checksums(workdir, step=6):
     return Checkpoints(workdir / "checkpoints", keep=9).meta(step)["checksums"]
 
 
-def finish(process, code, timeout=200):
-    output = process.communicate(timeout=timeout)[0]
-    assert process.returncode == code, output[-3000:]
-    return output
-
-
-# --- signals and kills ------------------------------------------------------------------------------------------------
+# --- signals and kills ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -94,7 +95,9 @@ def test_an_interrupt_outside_the_loop_stops_at_once(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes_bit_equal(plain_two, files, tmp_path):
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes_bit_equal(
+    plain_two, files, tmp_path
+):
     first, second = start_two(files, tmp_path)
     wait_for(first, "DPO 2/")
     second.send_signal(signal.SIGTERM)
@@ -109,7 +112,9 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_resumes
 @pytest.mark.slow
 def test_when_one_of_four_processes_is_killed_the_others_end_and_a_restart_resumes(files, tmp_path):
     """As srun starts them: nothing but Slurm's own variables says who they are."""
-    first, *others = start_several(files, tmp_path, 4, told=by_slurm, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=12)
+    first, *others = start_several(
+        files, tmp_path, 4, told=by_slurm, env={"DPOJAX_HEARTBEAT_SECONDS": "10"}, num_steps=12
+    )
     wait_for(first, "DPO 4/")
     others[1].kill()
     start_time = time.monotonic()
@@ -122,7 +127,12 @@ def test_when_one_of_four_processes_is_killed_the_others_end_and_a_restart_resum
 
 
 def test_what_started_the_processes_is_recognised():
-    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+    slurm = {
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_NTASKS": "2",
+    }
     cases = {
         "jax": {"JAX_COORDINATOR_ADDRESS": "a:1", **slurm},
         "slurm": slurm,
@@ -133,20 +143,38 @@ def test_what_started_the_processes_is_recognised():
     }
     for expected, environ in cases.items():
         assert launcher(environ) == expected
-    for alone in ({}, {**slurm, "SLURM_NTASKS": "1"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
+    for alone in (
+        {},
+        {**slurm, "SLURM_NTASKS": "1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ):
         assert launcher(alone) == ""
-    assert launcher({"JAX_PLATFORMS": "cpu"}, tpu_host=True) == "" and launcher({}, tpu_host=True) == "tpu"
+    assert (
+        launcher({"JAX_PLATFORMS": "cpu"}, tpu_host=True) == ""
+        and launcher({}, tpu_host=True) == "tpu"
+    )
 
 
 def test_a_process_that_is_alone_on_its_machine_has_all_its_gpus():
-    for tasks, alone in {"1": True, "1(x4)": True, "1(x2),1": True, "8(x4)": False, "1,2": False, "": False}.items():
+    for tasks, alone in {
+        "1": True,
+        "1(x4)": True,
+        "1(x2),1": True,
+        "8(x4)": False,
+        "1,2": False,
+        "": False,
+    }.items():
         assert alone_on_its_machine({"SLURM_STEP_TASKS_PER_NODE": tasks}) == alone, tasks
-    assert alone_on_its_machine({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) and not alone_on_its_machine({})
+    assert alone_on_its_machine({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) and not alone_on_its_machine(
+        {}
+    )
 
 
 def test_tpus_are_found_on_the_pci_bus(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    for name, vendor, device in (("a", "0x8086", "0x0063"), ("b", "0x1ae0", "0x001f")):  # a network card of Google's
+    # a network card of Google's
+    for name, vendor, device in (("a", "0x8086", "0x0063"), ("b", "0x1ae0", "0x001f")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(vendor + "\n")
         (tmp_path / name / "device").write_text(device + "\n")
@@ -168,19 +196,27 @@ def test_processes_with_different_config_or_data_all_exit_2(files, tmp_path, cha
         (tmp_path / "b").mkdir()
         shutil.copy(copy, tmp_path / "a/train.jsonl")
         shutil.copy(other, tmp_path / "b/train.jsonl")
-        argv = command(files, tmp_path / "w", **{"data.train": "train.jsonl", "mesh.data": 1, "mesh.fsdp": 2})
+        argv = command(
+            files, tmp_path / "w", **{"data.train": "train.jsonl", "mesh.data": 1, "mesh.fsdp": 2}
+        )
         argv = [a.replace("configs/", f"{ROOT}/configs/") for a in argv]
         shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
         started = [
-            subprocess.Popen(argv, cwd=tmp_path / folder, env=environment(1, **shared, JAX_PROCESS_ID=str(i)),
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                argv,
+                cwd=tmp_path / folder,
+                env=environment(1, **shared, JAX_PROCESS_ID=str(i)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             for i, folder in enumerate("ab")
-        ]  # fmt: skip
+        ]
     for process in started:
         assert f"another {change}" in finish(process, 2)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -212,12 +248,17 @@ def test_a_damaged_checkpoint_is_refused_with_the_step_to_fall_back_to(files, fi
     [
         ({"loss.name": "ipo"}, "another loss: {'name': 'sigmoid'} then, {'name': 'ipo'} now"),
         ({"seed": 1}, "another"),
-        ({"model.intermediate_size": 128}, "another model: {'intermediate_size': 96} then, {'intermediate_size': 128} now"),
+        (
+            {"model.intermediate_size": 128},
+            "another model: {'intermediate_size': 96} then, {'intermediate_size': 128} now",
+        ),
         ({"model.param_dtype": "bfloat16"}, "allow_changed=dtype"),
         ({"data.max_response_tokens": 20}, "another layout: {'max_response_tokens': 128} then"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(files, finished, changes, names):
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
+    files, finished, changes, names
+):
     output = run(files, finished, code=4, **changes)
     assert names in output and "Traceback" not in output
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["4", "6"]
@@ -231,16 +272,26 @@ def test_another_dtype_is_taken_where_it_is_allowed(files, finished):
 
 @pytest.mark.slow
 def test_what_is_allowed_to_change_is_said_and_recorded(files, finished):
-    changes = {"loss.beta": 0.2, "num_steps": 8, "checkpoint.allow_changed": "loss", "optim.learning_rate": 5e-4}
+    changes = {
+        "loss.beta": 0.2,
+        "num_steps": 8,
+        "checkpoint.allow_changed": "loss",
+        "optim.learning_rate": 5e-4,
+    }
     output = run(files, finished, **changes)
-    assert "resuming with another loss, as allowed" in output and "optim.learning_rate 0.001 -> 0.0005" in output
+    assert (
+        "resuming with another loss, as allowed" in output
+        and "optim.learning_rate 0.001 -> 0.0005" in output
+    )
     changed = Checkpoints(finished / "checkpoints", keep=9).meta(8)["changed"]
     assert changed[0]["step"] == 6 and changed[0]["names"] == ["loss"]
 
 
 @pytest.mark.slow
 def test_a_run_moves_between_topologies_with_the_same_batches(plain, files, tmp_path):
-    process = start(files, tmp_path, env=environment(8), **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    process = start(
+        files, tmp_path, env=environment(8), **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    )
     wait_for(process, "DPO 2/")
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
@@ -248,7 +299,9 @@ def test_a_run_moves_between_topologies_with_the_same_batches(plain, files, tmp_
     run(files, tmp_path, devices=2, num_steps=max(4, stopped), **{"mesh.data": -1})
     (tmp_path / "summary.json").unlink()
     run(files, tmp_path)
-    assert [r["num_tokens"] for r in rows(tmp_path) if "loss" in r] == [r["num_tokens"] for r in rows(plain[0]) if "loss" in r]
+    assert [r["num_tokens"] for r in rows(tmp_path) if "loss" in r] == [
+        r["num_tokens"] for r in rows(plain[0]) if "loss" in r
+    ]
     np.testing.assert_allclose(losses(tmp_path), losses(plain[0]), atol=1e-5)
 
 
@@ -258,7 +311,9 @@ def test_a_full_disk_stops_no_training_and_saves_go_on_when_there_is_room(files,
     full = (200 * 1024, room[1])  # bytes that a file may have: metrics fit, arrays do not
     uncached = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     settings = {"model.hidden_size": 256, "num_steps": 30, "eval_every_steps": 100}
-    process = start(files, tmp_path / "freed", env=uncached, **settings, **{"checkpoint_every_steps": 10})
+    process = start(
+        files, tmp_path / "freed", env=uncached, **settings, **{"checkpoint_every_steps": 10}
+    )
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, full)
     wait_for(process, "warning: a checkpoint")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, room)
@@ -269,8 +324,10 @@ def test_a_full_disk_stops_no_training_and_saves_go_on_when_there_is_room(files,
 @pytest.mark.slow
 def test_three_failed_saves_in_a_row_end_the_run_with_exit_4(files, tmp_path):
     uncached = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    process = start(files, tmp_path, env=uncached, **{"model.hidden_size": 256, "checkpoint_every_steps": 1})
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200 * 1024,) * 2)
+    process = start(
+        files, tmp_path, env=uncached, **{"model.hidden_size": 256, "checkpoint_every_steps": 1}
+    )
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200 * 1024, 200 * 1024))
     assert "3 saves failed in a row" in finish(process, 4)
 
 
@@ -281,13 +338,16 @@ def test_metrics_that_cannot_be_written_stop_nothing(files, tmp_path):
     assert output.count("cannot be written") == 1 and (tmp_path / "report.html").is_file()
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_non_finite_steps_name_their_rows_and_three_in_a_row_end_the_run_with_a_dump(files, tmp_path):
+def test_non_finite_steps_name_their_rows_and_three_in_a_row_end_the_run_with_a_dump(
+    files, tmp_path
+):
     lines = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
-    for bad in (8, 9):  # both in step 2 of the unshuffled data: their losses add up to more than float32 holds
+    # both in step 2 of the unshuffled data: their losses add up to more than float32 holds
+    for bad in (8, 9):
         lines[bad]["weight"] = 3e38
     one = tmp_path / "one.jsonl"
     one.write_text("".join(json.dumps(r) + "\n" for r in lines))
@@ -312,14 +372,21 @@ def spiky_step(*, skip):
     batch, _ = tiny.pack(tiny.groups(np.random.default_rng(0), 2))
     batch = jax.tree.map(jnp.asarray, batch)
 
-    def gradients(state, ref, b, details, constrain, base=None):
-        loss, grads = jax.value_and_grad(lambda p: b.pair_weight[0, 0, 0] * p["x"])(state.params)
-        return Gradients(loss, grads, {"seen": loss}, jnp.zeros(b.valid.shape), b.row_id, state.reward_mean)
+    def gradients(state, frozen, b, details, constrain):
+        loss, grads = jax.value_and_grad(lambda p: b.pair_weight[0, 0, 0] * p["x"])(state.policy)
+        losses = jnp.zeros(b.valid.shape)
+        return Gradients(loss, {"policy": grads}, {"seen": loss}, losses, b.row_id, {})
 
     optimizer = optax.sgd(1e-3)
-    step = make_train_step(gradients, optimizer, lambda x: x, spike_factor=100.0, skip_spikes=skip)
-    state = new_state(optimizer, {"x": jnp.ones(())})
-    return jax.jit(step), state, lambda w: batch._replace(pair_weight=jnp.full_like(batch.pair_weight, w))
+    step = make_train_step(
+        gradients, {"policy": optimizer}, lambda x: x, spikes=Spikes(100.0, skip)
+    )
+    state = new_state({"policy": optimizer}, {"policy": {"x": jnp.ones(())}})
+    return (
+        jax.jit(step),
+        state,
+        lambda w: batch._replace(pair_weight=jnp.full_like(batch.pair_weight, w)),
+    )
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -330,7 +397,7 @@ def test_a_loss_spike_is_noticed_and_skipped_only_where_the_guard_is_on(skip):
         assert not metrics.spike
     after, metrics = step(state, None, batch(150.0), False)
     assert metrics.spike and metrics.finite
-    assert (after.params["x"] == state.params["x"]) == skip
+    assert (after.policy["x"] == state.policy["x"]) == skip
     assert int(after.skipped) == int(skip) and int(after.step) == SPIKE_AFTER_STEPS + 1
 
 
@@ -340,7 +407,7 @@ def test_a_step_that_is_not_finite_changes_nothing_to_the_bit():
     after, metrics = step(state, None, batch(np.nan), False)
     assert not metrics.finite
     for name, (old, new) in {
-        "params": (state.params["x"], after.params["x"]),
+        "params": (state.policy["x"], after.policy["x"]),
         "average": (state.loss_average, after.loss_average),
     }.items():
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), name
@@ -349,13 +416,18 @@ def test_a_step_that_is_not_finite_changes_nothing_to_the_bit():
 
 def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are_finite():
     optimizer = optax.sgd(1e38, momentum=0.9)
-    update = make_update(optimizer, spike_factor=math.inf, skip_spikes=False)
-    state = new_state(optimizer, {"x": jnp.ones(3), "y": jnp.zeros(2)})
+    update = make_update({"policy": optimizer}, spikes=Spikes(math.inf, False))
+    state = tiny.policy_state(optimizer, {"x": jnp.ones(3), "y": jnp.zeros(2)})
     grads = {"x": jnp.asarray([0.0, 30.0, 0.0]), "y": jnp.ones(2)}  # 30 x 1e38 is past float32
     zero = jnp.zeros((1, 1, 1))
-    found = Gradients(jnp.ones(()), grads, {}, zero, zero.astype(jnp.int32), jnp.zeros(()))
+    memory = {"reward_mean": jnp.zeros(())}
+    found = Gradients(jnp.ones(()), {"policy": grads}, {}, zero, zero.astype(jnp.int32), memory)
     after, metrics = jax.jit(update)(state, found)
-    assert np.isfinite(metrics.scalars["loss"]) and np.isfinite(metrics.scalars["grad_norm"]) and not metrics.finite
+    assert (
+        np.isfinite(metrics.scalars["loss"])
+        and np.isfinite(metrics.scalars["grad_norm"])
+        and not metrics.finite
+    )
     for old, new in zip(*map(jax.tree.leaves, (state[:2], after[:2])), strict=True):
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
     assert int(after.skipped) == 1 and int(after.step) == 1
@@ -369,28 +441,44 @@ def test_json_holds_no_nan_and_a_report_of_steps_without_numbers_is_drawn(tmp_pa
         "d": "NaN",
     }
     log = MetricsLog(tmp_path, enabled=True)
-    keys = ("loss", "eval_on_policy_kl", "eval_on_policy_kl_standard_error", "gradient_weight/q10", "gradient_weight/q90")
+    keys = (
+        "loss",
+        "eval_on_policy_kl",
+        "eval_on_policy_kl_standard_error",
+        "gradient_weight/q10",
+        "gradient_weight/q90",
+    )
     for step, number in enumerate((0.5, math.nan, math.inf, 0.25)):
         log.write(step, dict.fromkeys(keys, number))
     log.close()
     assert "NaN" not in capfd.readouterr().err  # of TensorBoard
-    log.rewind(sft_step=0, step=2)
+    log.rewind(lambda row: row["step"] <= 2)
     assert [r["loss"] for r in log.rows()] == [0.5, None, None]
-    figure = report.plot_curves(log.rows())
+    figure = plots.plot_curves(log.rows(), PANELS)
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.0, 0.5]]
 
 
 @pytest.mark.slow
-def test_every_command_that_computes_log_probs_names_weights_that_are_not_finite(files, tmp_path, capfd):
+def test_every_command_that_computes_log_probs_names_weights_that_are_not_finite(
+    files, tmp_path, capfd
+):
     def broken(tensors):
         tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
         return tensors
 
-    base, bad = (model_folders.make_model(tmp_path / n, files, tensors=t) for n, t in (("base", None), ("bad", broken)))
-    large = model_folders.make_model(tmp_path / "large", files, tensors=lambda t: {k: v * 1e17 for k, v in t.items()})
+    base, bad = (
+        model_folders.make_model(tmp_path / n, files, tensors=t)
+        for n, t in (("base", None), ("bad", broken))
+    )
+    large = model_folders.make_model(
+        tmp_path / "large", files, tensors=lambda t: {k: v * 1e17 for k, v in t.items()}
+    )
     pairs, out = model_folders.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out"
     scoring = [f"--data={pairs}", f"--out={out}"]
-    of_run = lambda **settings: model_folders.training(files, tmp_path / "run", pairs, **settings)
+
+    def of_run(**settings):
+        return model_folders.training(files, tmp_path / "run", pairs, **settings)
+
     calls = {
         "score": (score.main, [f"--model={bad}", *scoring]),
         "score --ref": (score.main, [f"--model={base}", f"--ref={bad}", *scoring]),
@@ -410,7 +498,7 @@ def test_every_command_that_computes_log_probs_names_weights_that_are_not_finite
         assert "not finite" in capfd.readouterr().err and not out.exists()
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -420,11 +508,19 @@ def test_a_data_worker_that_dies_ends_the_run_with_exit_3_and_its_traceback(file
     process = start(
         files,
         tmp_path / "w",
-        **{"data.train": data, "data.workers": 1, "num_steps": 400, "eval_every_steps": 500, "log_every_steps": 5},
+        **{
+            "data.train": data,
+            "data.workers": 1,
+            "num_steps": 400,
+            "eval_every_steps": 500,
+            "log_every_steps": 5,
+        },
     )
     wait_for(process, "DPO 5/")
     children = subprocess.run(
-        ["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
+        ["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="],
+        capture_output=True,
+        text=True,
     ).stdout
     workers = [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
     assert workers, children
@@ -432,7 +528,8 @@ def test_a_data_worker_that_dies_ends_the_run_with_exit_3_and_its_traceback(file
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     output = finish(process, 3, timeout=60)
-    assert time.monotonic() - start_time < 30  # 5 s on an idle machine, and the prefetched batches are trained on first
+    # 5 s on an idle machine, and the prefetched batches are trained on first
+    assert time.monotonic() - start_time < 30
     assert "could not be made" in output
 
 
@@ -455,17 +552,22 @@ def test_fewer_rows_than_a_batch_repeat_within_the_step(files, tmp_path):
     assert np.isfinite(losses(tmp_path / "w")).all()
 
 
-# --- paths, weights, tokenizers ---------------------------------------------------------------------------------------
+# --- paths, weights, tokenizers -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 4000, "FILE/below", "FILE"])
 def test_a_hostile_workdir_is_a_config_error(tmp_path, name):
     (tmp_path / "FILE").write_text("")
-    with pytest.raises(ConfigError, match="workdir"), locked_workdir(workdir_path(str(tmp_path / name), "configs/tldr.py")):
+    with (
+        pytest.raises(ConfigError, match="workdir"),
+        locked_workdir(workdir_path(str(tmp_path / name), "configs/tldr.py")),
+    ):
         raise AssertionError("the run began")
 
 
-@pytest.mark.parametrize("spec", ["configs/tldr.py:../../x", "configs/tldr.py:a/b", "configs/tldr.py:" + "x" * 4000])
+@pytest.mark.parametrize(
+    "spec", ["configs/tldr.py:../../x", "configs/tldr.py:a/b", "configs/tldr.py:" + "x" * 4000]
+)
 def test_a_hostile_run_name_is_a_config_error(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="set --workdir"):
@@ -478,21 +580,35 @@ def weights(exported, tmp_path):
     """A small Hugging Face directory of the test's own."""
     model = tiny.model()
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
-    (tmp_path / hf.CHECKSUMS).unlink()  # these tests are of files that come without
+    (tmp_path / safetensors.CHECKSUMS).unlink()  # these tests are of files that come without
     shardings = jax.tree.map(
-        lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.eval_shape(model.init, jax.random.key(0))
+        lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        jax.eval_shape(model.init, jax.random.key(0)),
     )
     return tmp_path, shardings
 
 
 def test_sound_weights_load(weights):
     folder, shardings = weights
-    loaded = hf.load_params(folder, hf.read_config(folder), shardings, jnp.float32)
+    loaded = huggingface.load_params(
+        folder, huggingface.read_config(folder), shardings, jnp.float32
+    )
     jax.tree.map(np.testing.assert_array_equal, loaded, tiny.params(tiny.model()))
 
 
 @pytest.mark.parametrize(
-    "fault", ["truncated", "huge header", "pickle", "wrong shape", "missing", "extra", "integers", "outside", "absolute"]
+    "fault",
+    [
+        "truncated",
+        "huge header",
+        "pickle",
+        "wrong shape",
+        "missing",
+        "extra",
+        "integers",
+        "outside",
+        "absolute",
+    ],
 )
 def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault):
     from safetensors.flax import load_file, save_file
@@ -517,9 +633,11 @@ def test_bad_weights_are_a_config_error_before_anything_is_loaded(weights, fault
         save_file({**tensors, name: tensors[name].astype(jnp.int32)}, file)
     else:
         place = "../model.safetensors" if fault == "outside" else str(file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, place)}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(tensors, place)})
+        )
     with pytest.raises(ConfigError, match=str(folder)):
-        hf.load_params(folder, hf.read_config(folder), shardings, jnp.float32)
+        huggingface.load_params(folder, huggingface.read_config(folder), shardings, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +657,7 @@ def test_a_config_that_is_not_understood_is_a_config_error(weights, field):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
     with pytest.raises(ConfigError, match=r"config\.json"):
-        hf.read_config(folder)
+        huggingface.read_config(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff" * 100, b'{"model": {}}'])

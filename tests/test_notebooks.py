@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom, their assertions hold, and they are stored without outputs."""
+"""The notebooks run from top to bottom, their assertions hold, and
+they are stored without outputs.
+"""
 
 import pathlib
 import sys
@@ -13,7 +15,7 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pi
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_the_notebook_runs_and_is_stored_without_outputs(path, monkeypatch):
-    from jupyter_client import KernelManager
+    from jupyter_client.manager import KernelManager
 
     notebook = nbformat.read(path, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
@@ -22,8 +24,11 @@ def test_the_notebook_runs_and_is_stored_without_outputs(path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("MPLBACKEND", "agg")
     kernel = KernelManager(kernel_name="python3")
-    kernel.kernel_spec.argv[0] = sys.executable  # this environment, whatever "python3" is registered as
-    client = nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    # this environment, whatever "python3" is registered as
+    kernel.kernel_spec.argv[0] = sys.executable
+    client = nbclient.NotebookClient(
+        notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    )
     try:
         client.execute(cleanup_kc=True)
     finally:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dpojax.data.chat import ChatTemplate
-from dpojax.data.tokens import Tokenizer, chat_prompt, prompt_ids
-from dpojax.data.triples import DROPPED, Dropped, read_messages, write_prompt
+from dpojax.data.dialogues import read_messages, write_prompt
+from dpojax.data.groups import DROPPED, Dropped
+from dpojax.data.tokenizers import Tokenizer
+from dpojax.data.tokens import chat_prompt, prompt_ids
 from dpojax.data.written import Writing
 from dpojax.errors import DataError
-from dpojax.sandbox import SandboxError, each
+from dpojax.untrusted.sandbox import SandboxError, each
 
 
 class Prompt(NamedTuple):
@@ -33,7 +35,8 @@ class PromptReader:
 
         Raises: DataError for the first row that cannot be read.
         """
-        prompts, places = [], []
+        prompts = []
+        places = []
 
         def items():
             for row, where in rows:
@@ -42,7 +45,9 @@ class PromptReader:
 
         for result in each(_read, self, items()):
             if isinstance(result, SandboxError):
-                raise DataError(f"{places[len(prompts)]}: the chat template or tokenizer {result} on this row")
+                raise DataError(
+                    f"{places[len(prompts)]}: the chat template or tokenizer {result} on this row"
+                )
             if isinstance(result, Exception):
                 raise result
             prompts.append(result)
@@ -52,11 +57,19 @@ class PromptReader:
         """A row's prompt, in no bounded time. Raises DataError naming the column that is wrong."""
         row = {k: v for k, v in row.items() if v is not None}  # a null column is an absent one
         given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
-        tokenizer, chat, writing = self.tokenizer, self.chat, self.writing
+        tokenizer = self.tokenizer
+        chat = self.chat
+        writing = self.writing
         limit = writing.max_prompt_tokens or sys.maxsize
         if "prompt_ids" in row:
-            if not isinstance(given, list) or not given or not all(type(i) is int and i >= 0 for i in given):
-                raise DataError(f"{where}: column 'prompt_ids' is {given!r:.60}; it must be a list of token ids")
+            if (
+                not isinstance(given, list)
+                or not given
+                or not all(type(i) is int and i >= 0 for i in given)
+            ):
+                raise DataError(
+                    f"{where}: column 'prompt_ids' is {given!r:.60}; it must be a list of token ids"
+                )
             return Prompt(row, given[-limit:])
         if isinstance(given, str) and writing.text_as_chat:
             given = [{"role": "user", "content": given}]
@@ -68,7 +81,8 @@ class PromptReader:
                 return Prompt(row, prompt_ids(written, tokenizer, limit)[0])
             if chat is None:
                 raise DataError(
-                    f"{where}: the prompt is a dialogue, and the tokenizer has no chat template; name one: --chat_template"
+                    f"{where}: the prompt is a dialogue, and the tokenizer has no chat template;"
+                    " name one: --chat_template"
                 )
             try:
                 group = write_prompt(messages, row, chat, where)
@@ -79,11 +93,16 @@ class PromptReader:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
         if not isinstance(given, str) or not given:
-            raise DataError(f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages")
+            raise DataError(
+                f"{where}: column 'prompt' is {given!r:.60}; it must be text, or a list of messages"
+            )
         written = writing.prompt_template.format(prompt=given) if writing.prompt_template else given
         ids = prompt_ids(written, tokenizer, limit)[0]
         if not ids:
-            raise DataError(f"{where}: column 'prompt' is {given!r:.60}, which the tokenizer reads as no token at all")
+            raise DataError(
+                f"{where}: column 'prompt' is {given!r:.60}, which the tokenizer reads as no token"
+                " at all"
+            )
         return Prompt(row, ids)
 
 

@@ -1,6 +1,7 @@
 """Files -> rows (dict) by number, without any knowledge of what a dataset means.
 
-jsonl · jsonl.gz · json (a list of objects) · parquet · arrayrecord (one JSON object per record) · hf:NAME[:SPLIT]
+jsonl · jsonl.gz · json (a list of objects) · parquet · arrayrecord (one JSON object per record) ·
+hf:NAME[:SPLIT]
 """
 
 import gzip
@@ -17,17 +18,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpojax.errors import ConfigError, DataError
-from dpojax.plain_data import MAX_LINE_BYTES, existing_path, memory_bytes, parse_json, read_bytes
+from dpojax.untrusted.plain_data import (
+    MAX_LINE_BYTES,
+    existing_path,
+    memory_bytes,
+    parse_json,
+    read_bytes,
+)
 
 Row = dict[str, Any]
+
 MAX_JSON_BYTES = 2**30  # a larger .json file is better read line by line
-# Text packs 3 to 20 times. What unpacks to more than this is a bomb, once it is larger than UNPACKED_BYTES.
-MAX_PACKING, UNPACKED_BYTES = 200, 64 * 2**20
+
+# Text packs 3 to 20 times. What unpacks to more than this is a bomb, once it is larger than
+# UNPACKED_BYTES.
+MAX_PACKING = 200
+UNPACKED_BYTES = 64 * 2**20
+
 MARK = b"\xef\xbb\xbf"  # a byte-order mark
 
 
 class Records(NamedTuple):
-    """Rows of one file by number. `get` raises DataError, naming file and line, where a row cannot be read."""
+    """Rows of one file by number.
+
+    `get` raises DataError, naming file and line, where a row cannot be read.
+    """
 
     name: str
     size: int
@@ -42,16 +57,23 @@ def parse_line(line: bytes, where: str) -> Row:
     Raises: DataError naming `where` and the fault.
     """
     if line.startswith(MARK) and not where.endswith(":1"):
-        raise DataError(f"{where}: a byte-order mark in mid-file; repair the line, or set data.on_bad_line=skip")
+        raise DataError(
+            f"{where}: a byte-order mark in mid-file; repair the line, or set data.on_bad_line=skip"
+        )
     try:
         return parse_json(line, max_bytes=MAX_LINE_BYTES)
     except ValueError as error:
         advice = "; a list of objects is a .json file" if line.lstrip(MARK).startswith(b"[") else ""
-        raise DataError(f"{where}: {error}{advice}; repair the line, or set data.on_bad_line=skip") from error
+        raise DataError(
+            f"{where}: {error}{advice}; repair the line, or set data.on_bad_line=skip"
+        ) from error
 
 
 def _unpack(path: pathlib.Path) -> np.ndarray:
-    """The bytes that a .gz file holds. Raises DataError for one that unpacks to more than its size can mean."""
+    """The bytes that a .gz file holds.
+
+    Raises DataError for one that unpacks to more than its size can mean.
+    """
     most = memory_bytes() // 3
     data = bytearray()
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
@@ -60,17 +82,28 @@ def _unpack(path: pathlib.Path) -> np.ndarray:
             packing = len(data) / max(1, packed.tell())
             if len(data) > UNPACKED_BYTES and packing > MAX_PACKING:
                 raise DataError(
-                    f"{path}: its first {packed.tell():,} bytes unpack to {len(data):,}, over {MAX_PACKING} times as many: "
-                    "text does not pack so well; if it is data, unpack it by hand"
+                    f"{path}: its first {packed.tell():,} bytes unpack to {len(data):,}, over"
+                    f" {MAX_PACKING} times as many: text does not pack so well; if it is data,"
+                    " unpack it by hand"
                 )
             if len(data) > most:
-                raise DataError(f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; unpack it by hand")
+                raise DataError(
+                    f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; unpack"
+                    " it by hand"
+                )
     return np.frombuffer(data, np.uint8)
 
 
 def _line_places(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(where the lines start, where they end, their first bytes), of the bytes that the parts hold one after another."""
-    starts, ends, firsts, place, begins = [], [], [], 0, True
+    """(where the lines start, where they end, their first bytes).
+
+    The parts hold a file's bytes one after another.
+    """
+    starts = []
+    ends = []
+    firsts = []
+    place = 0
+    begins = True
     for part in parts:
         breaks = np.flatnonzero(part == ord("\n"))
         first = np.concatenate([[0] if begins else [], breaks + 1]).astype(np.int64)
@@ -82,14 +115,18 @@ def _line_places(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, n
         place += part.size
     if place and not begins:
         ends.append(np.array([place]))
-    whole = lambda arrays, kind: np.concatenate([np.zeros(0, kind), *arrays]).astype(kind)
-    return whole(starts, np.int64), whole(ends, np.int64), whole(firsts, np.uint8)
+
+    def joined(arrays, kind):
+        return np.concatenate([np.zeros(0, kind), *arrays]).astype(kind)
+
+    return joined(starts, np.int64), joined(ends, np.int64), joined(firsts, np.uint8)
 
 
 class _Lines:
     """Random access to the non-blank lines of a file; picklable for worker processes.
 
-    The file is read and not mapped: a mapped one that gets shorter during the run would end the process (SIGBUS).
+    The file is read and not mapped: a mapped one that gets shorter during the run would end the
+    process (SIGBUS).
     """
 
     def __init__(self, path: pathlib.Path):
@@ -104,11 +141,17 @@ class _Lines:
                 parts = iter([self.data])
             else:
                 self.file = self.path.open("rb")
-                weakref.finalize(self, self.file.close)  # rows are read as long as anyone holds them
-                parts = (np.frombuffer(part, np.uint8) for part in iter(lambda: self.file.read(2**24), b""))
+                # rows are read as long as anyone holds them
+                weakref.finalize(self, self.file.close)
+                parts = (
+                    np.frombuffer(part, np.uint8)
+                    for part in iter(lambda: self.file.read(2**24), b"")
+                )
             self.starts, self.ends, firsts = _line_places(parts)
         except (OSError, EOFError, zlib.error, MemoryError) as error:
-            raise DataError(f"{self.path}: cannot be read: {error or 'it does not fit the memory'}") from error
+            raise DataError(
+                f"{self.path}: cannot be read: {error or 'it does not fit the memory'}"
+            ) from error
         # A line that is not blank starts with a brace: the others, few, are looked at.
         blank = [i for i in np.flatnonzero(firsts != ord("{")) if self._is_blank(i)]
         self.numbers = np.delete(np.arange(self.ends.size), blank)
@@ -120,12 +163,17 @@ class _Lines:
         return not self.line(i).removeprefix(MARK).decode("utf-8", errors="replace").strip()
 
     def line(self, i) -> bytes:
-        start, end = int(self.starts[i]), int(self.ends[i])
+        start = int(self.starts[i])
+        end = int(self.ends[i])
         if self.data is not None:
             return self.data[start:end].tobytes()
-        line = os.pread(self.file.fileno(), min(end - start, MAX_LINE_BYTES + 1), start)  # a longer one is refused
+        # a longer one is refused
+        line = os.pread(self.file.fileno(), min(end - start, MAX_LINE_BYTES + 1), start)
         if len(line) < min(end - start, MAX_LINE_BYTES + 1):
-            raise DataError(f"{self.path.name}:{i + 1}: the file got shorter since it was opened; start again when it is whole")
+            raise DataError(
+                f"{self.path.name}:{i + 1}: the file got shorter since it was opened; start again"
+                " when it is whole"
+            )
         return line
 
     def __getstate__(self):
@@ -146,7 +194,8 @@ class InMemory:
     """Rows that are already in memory."""
 
     def __init__(self, name: str, rows: Sequence[Row]):
-        self.name, self.rows = name, rows
+        self.name = name
+        self.rows = rows
 
     def get(self, i: int) -> Row:
         return self.rows[i]
@@ -182,28 +231,39 @@ class _Columns:
     def get(self, i: int) -> Row:
         try:
             return self.table.slice(i, 1).to_pylist()[0]
-        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date of another age
-            raise DataError(f"{self.where(i)}: {error}; repair the row, or set data.on_bad_line=skip") from error
+        # text that is not UTF-8, a date of another age
+        except (ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self.where(i)}: {error}; repair the row, or set data.on_bad_line=skip"
+            ) from error
 
     def where(self, i: int) -> str:
         return f"{self.path.name}:{i + 1}"
 
 
 def _read_table(path: pathlib.Path):
-    """A Parquet file as a table, a batch of rows at a time. Raises DataError where it unpacks to more than memory holds."""
+    """A Parquet file as a table, a batch of rows at a time.
+
+    Raises DataError where it unpacks to more than memory holds.
+    """
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)  # not mapped: a file that gets shorter would end the process
+    # not mapped: a file that gets shorter would end the process
+    file = pyarrow.parquet.ParquetFile(path)
     names = file.schema_arrow.names
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: it has two columns {twice!r}")
-    batches, size, most = [], 0, memory_bytes() // 3
+    batches = []
+    size = 0
+    most = memory_bytes() // 3
     for batch in file.iter_batches(batch_size=1024):
         batches.append(batch)
         size += batch.nbytes
         if size > most:
-            raise DataError(f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; split it")
+            raise DataError(
+                f"{path}: it unpacks to more than {most:,} bytes, a third of the memory; split it"
+            )
     return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
@@ -232,7 +292,10 @@ class _ArrayRecords:
 
 
 def _read_list(path: pathlib.Path) -> list[Row]:
-    """The rows of a .json file, a list of objects. Raises DataError for anything else, with what to do."""
+    """The rows of a .json file, a list of objects.
+
+    Raises DataError for anything else, with what to do.
+    """
     data = read_bytes(path, error=DataError, max_bytes=MAX_JSON_BYTES)
     must = "a .json data file holds a list of objects; .jsonl holds one a line"
     try:
@@ -256,12 +319,13 @@ def _hub(name: str) -> Records:
     path, _, split = name.partition(":")
     try:
         table = datasets.load_dataset(path, split=split or "train")
-    except Exception as error:  # no network, no such name, no such split: the library raises anything
+    # no network, no such name, no such split: the library raises anything
+    except Exception as error:
         lines = str(error).splitlines()
         cause = f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
         raise ConfigError(
-            f"hf:{name} cannot be opened ({cause}); without a network, fetch it elsewhere (hf download {path} --repo-type dataset "
-            "--local-dir DIR) and name its files"
+            f"hf:{name} cannot be opened ({cause}); without a network, fetch it elsewhere (hf"
+            f" download {path} --repo-type dataset --local-dir DIR) and name its files"
         ) from error
     source = InMemory(f"hf:{name}", table)
     return Records(f"hf:{name}", len(table), source.get, source.where, str(table._fingerprint))
@@ -291,7 +355,9 @@ def open_records(path: str) -> Records:
     if file is None:
         raise ConfigError(f"data file {path!r:.300}: there is no such file")
     if not file.is_file():
-        raise ConfigError(f"data file {path!r:.300}: it is a folder, a pipe or a device, and not a file")
+        raise ConfigError(
+            f"data file {path!r:.300}: it is a folder, a pipe or a device, and not a file"
+        )
     name = file.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
         source, size = (lines := _Lines(file)), len(lines.numbers)
@@ -301,7 +367,8 @@ def open_records(path: str) -> Records:
         source, size = (records := _ArrayRecords(file)), records.size
     elif name.endswith(".json"):
         rows = _read_list(file)
-        source, size = InMemory(file.name, rows), len(rows)
+        source = InMemory(file.name, rows)
+        size = len(rows)
     else:
         endings = ".jsonl, .jsonl.gz, .json, .parquet or .arrayrecord"
         raise ConfigError(f"data file {path!r}: its ending must be {endings} (or write hf:NAME)")

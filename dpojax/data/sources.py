@@ -1,7 +1,10 @@
-"""data.train and data.eval -> Records: one file or several, folders, globs and hub datasets, as one list of rows.
+"""data.train and data.eval -> Records.
 
-A path that exists is taken as it is. Otherwise commas separate several sources, `*`, `?` and `[...]` are a glob, a folder
-stands for the data files in it, and NAME=SOURCE names a part of the rows.
+Files, folders, globs and hub datasets become one list of rows.
+
+A path that exists is taken as it is. Otherwise commas separate several sources, `*`, `?` and
+`[...]` are a glob, a folder stands for the data files in it, and NAME=SOURCE names a part of the
+rows.
 """
 
 import bisect
@@ -59,20 +62,31 @@ def _matches(pattern: str) -> list[str]:
 
 
 def expand(source: str, setting: str) -> list[str]:
-    """The files that one source stands for. Raises: ConfigError naming `setting` if there are none."""
+    """The files that one source stands for.
+
+    Raises: ConfigError naming `setting` if there are none.
+    """
     if source.startswith("hf:"):
         return [source]
     if not _exists(source) and any(mark in source for mark in "*?["):
-        found = sorted(place for place in _matches(source) if pathlib.Path(place).is_file())
-        if not found:
+        sources = sorted(place for place in _matches(source) if pathlib.Path(place).is_file())
+        if not sources:
             raise ConfigError(f"{setting}={source!r}: no file matches")
-        return found
+        return sources
     if _exists(source) and pathlib.Path(source).is_dir():
-        visible = (place for place in pathlib.Path(source).iterdir() if not place.name.startswith("."))
-        found = sorted(str(place) for place in visible if place.name.lower().endswith(ENDINGS) and place.is_file())
-        if not found:
-            raise ConfigError(f"{setting}={source!r}: the folder holds no data file ({', '.join(ENDINGS)})")
-        return found
+        visible = (
+            place for place in pathlib.Path(source).iterdir() if not place.name.startswith(".")
+        )
+        sources = sorted(
+            str(place)
+            for place in visible
+            if place.name.lower().endswith(ENDINGS) and place.is_file()
+        )
+        if not sources:
+            raise ConfigError(
+                f"{setting}={source!r}: the folder holds no data file ({', '.join(ENDINGS)})"
+            )
+        return sources
     return [source]
 
 
@@ -80,14 +94,14 @@ def _named_sources(spec: str, setting: str) -> list[tuple[str, str]]:
     """(name, source) of every source of a setting; the name is "" where none is given."""
     if _exists(spec):
         return [("", spec)]
-    found: list[tuple[str, str]] = []
+    sources: list[tuple[str, str]] = []
     for text in filter(None, (part.strip() for part in spec.split(","))):
         name, equals, source = text.partition("=")
         named = bool(equals) and not _exists(text) and re.fullmatch(r"[A-Za-z0-9_.-]+", name)
-        found.append((name, source) if named else ("", text))
-    if not found:
+        sources.append((name, source) if named else ("", text))
+    if not sources:
         raise ConfigError(f"{setting}={spec!r}: it names no file")
-    return found
+    return sources
 
 
 def join(files: Sequence[Records]) -> Records:
@@ -101,7 +115,10 @@ def join(files: Sequence[Records]) -> Records:
 
 
 def open_sources(spec: str, setting: str = "data file") -> Records:
-    """All rows of a setting's sources. Raises: ConfigError and DataError as `records.open_records`."""
+    """All rows of a setting's sources.
+
+    Raises: ConfigError and DataError as `records.open_records`.
+    """
     records, _ = open_named(spec, setting)
     return records
 
@@ -109,12 +126,15 @@ def open_sources(spec: str, setting: str = "data file") -> Records:
 def open_named(spec: str, setting: str = "data file") -> tuple[Records, tuple[Part, ...]]:
     """All rows of a setting's sources, and its named parts; none where no source has a name.
 
-    Raises: ConfigError also where a name stands there twice, or some sources have one and others none.
+    Raises: ConfigError also where a name stands there twice, or some sources have one and others
+      none.
     """
     sources = _named_sources(spec, setting)
     names = [name for name, _ in sources]
     if any(names) and not all(names):
-        raise ConfigError(f"{setting}={spec!r}: give every source a name, NAME=FILE, or none of them")
+        raise ConfigError(
+            f"{setting}={spec!r}: give every source a name, NAME=FILE, or none of them"
+        )
     if any(names) and len(set(names)) < len(names):
         raise ConfigError(f"{setting}={spec!r}: a name stands there twice")
     files: list[Records] = []

@@ -1,9 +1,9 @@
 """The embedded default: a small world of posts, summaries and preferences with a known true reward.
 
-A post tells six facts (who, what, where, how much, the feeling, the question) among everyday chatter,
-some of it about other people and places. A summary keeps, drops, distorts or pads them. The true
-reward counts what it did; the labels are drawn from that reward by Bradley-Terry. Everything is a pure
-function of a seed: no file, no network.
+A post tells six facts (who, what, where, how much, the feeling, the question) among everyday
+chatter, some of it about other people and places. A summary keeps, drops, distorts or pads them.
+The true reward counts what it did; the labels are drawn from that reward by Bradley-Terry.
+Everything is a pure function of a seed: no file, no network.
 """
 
 import functools
@@ -16,34 +16,47 @@ import numpy as np
 import sentencepiece
 
 from dpojax.data.records import Records, in_memory
-from dpojax.data.tokens import SentencePieceTokenizer
+from dpojax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 VOCAB_SIZE = 1024
 
 NAMES = (
-    "Anna Ben Carla David Elena Felix Grace Henry Irene Jonas Katie Leon Maria Nina Oscar Paula Quentin Rosa Simon "
-    "Tina Ursula Victor Wendy Xavier Yvonne Zoe Adam Bella Chris Diana Erik Fiona George Hannah Ivan Julia Karl Laura "
-    "Martin Nora"
+    "Anna Ben Carla David Elena Felix Grace Henry Irene Jonas Katie Leon Maria Nina Oscar Paula"
+    " Quentin Rosa Simon Tina Ursula Victor Wendy Xavier Yvonne Zoe Adam Bella Chris Diana Erik"
+    " Fiona George Hannah Ivan Julia Karl Laura Martin Nora"
 ).split()
+
 RELATIONS = "sister brother cousin roommate neighbor boss uncle aunt coworker landlord".split()
-VERBS = "broke sold lost borrowed stole damaged painted hid burned returned scratched dropped".split()
+
+VERBS = (
+    "broke sold lost borrowed stole damaged painted hid burned returned scratched dropped".split()
+)
+
 OBJECTS = (
-    "laptop bicycle guitar camera phone car jacket watch necklace couch piano drone tent kayak printer blender lamp "
-    "mirror carpet fridge oven radio violin scooter backpack helmet telescope keyboard monitor suitcase mattress "
-    "bookshelf umbrella wallet passport toolbox heater vase clock tablet"
+    "laptop bicycle guitar camera phone car jacket watch necklace couch piano drone tent kayak"
+    " printer blender lamp mirror carpet fridge oven radio violin scooter backpack helmet telescope"
+    " keyboard monitor suitcase mattress bookshelf umbrella wallet passport toolbox heater vase"
+    " clock tablet"
 ).split()
+
 PLACES = (
-    "Lisbon Oslo Berlin Dublin Prague Vienna Madrid Athens Warsaw Zurich Paris London Rome Turin Porto Geneva Bergen "
-    "Munich Seville Krakow Boston Denver Austin Dallas Chicago Seattle Portland Phoenix Atlanta Houston Toronto "
-    "Montreal Ottawa Sydney Perth Auckland Tokyo Osaka Seoul Lima"
+    "Lisbon Oslo Berlin Dublin Prague Vienna Madrid Athens Warsaw Zurich Paris London Rome Turin"
+    " Porto Geneva Bergen Munich Seville Krakow Boston Denver Austin Dallas Chicago Seattle"
+    " Portland Phoenix Atlanta Houston Toronto Montreal Ottawa Sydney Perth Auckland Tokyo Osaka"
+    " Seoul Lima"
 ).split()
+
 AMOUNTS = "40 60 75 90 120 150 180 200 250 300 350 400 450 500 600 700 800 900 1000 1200".split()
+
 FEELINGS = (
-    "furious sad confused anxious hurt ashamed bitter jealous tired hopeless nervous guilty annoyed worried shocked lonely"
+    "furious sad confused anxious hurt ashamed bitter jealous tired hopeless nervous guilty annoyed"
+    " worried shocked lonely"
 ).split()
+
 QUESTIONS = (
-    "forgive them|call the police|ask for money|move out|talk to a lawyer|tell our family|wait a month|buy a new one|"
-    "write a letter|change the locks|let it go|demand an apology|ask a friend|go to court|stay silent|leave town"
+    "forgive them|call the police|ask for money|move out|talk to a lawyer|tell our family|wait a"
+    " month|buy a new one|write a letter|change the locks|let it go|demand an apology|ask a"
+    " friend|go to court|stay silent|leave town"
 ).split("|")
 
 FACTS = {
@@ -62,11 +75,24 @@ TOLD = {
         "So my {relation} {name} {verb} my {object} this {day}.",
         "On {day} my {relation} {name} {verb} my {object} again.",
     ),
-    "place": ("It happened in {place}.", "All of this took place in {place}.", "We were in {place} that day."),
-    "amount": ("It cost me {amount} dollars.", "That is {amount} dollars gone.", "I paid {amount} dollars for it."),
-    "feeling": ("I feel {feeling} now.", "Honestly I am so {feeling}.", "It left me {feeling} all week."),
+    "place": (
+        "It happened in {place}.",
+        "All of this took place in {place}.",
+        "We were in {place} that day.",
+    ),
+    "amount": (
+        "It cost me {amount} dollars.",
+        "That is {amount} dollars gone.",
+        "I paid {amount} dollars for it.",
+    ),
+    "feeling": (
+        "I feel {feeling} now.",
+        "Honestly I am so {feeling}.",
+        "It left me {feeling} all week.",
+    ),
     "question": ("Should I {question}?", "Do I {question}?", "Is it right to {question}?"),
 }
+
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 # Chatter: true of somebody else, or of nothing.
@@ -77,21 +103,30 @@ OTHERS = (
     "Years ago I visited {place} with {name}.",
     "The weather in {place} is bad this year.",
 )
+
 WHO = "I we they people everyone".split()
+
 DID = (
-    "cooked watched cleaned carried painted visited opened planted washed noticed finished followed collected fixed "
-    "counted missed pushed packed described repeated ignored avoided expected remembered"
+    "cooked watched cleaned carried painted visited opened planted washed noticed finished followed"
+    " collected fixed counted missed pushed packed described repeated ignored avoided expected"
+    " remembered"
 ).split()
+
 THING = (
-    "dinner garden window kitchen bottle ticket letter picture river market bridge movie blanket candle pocket basket "
-    "corner ladder button pillow orange potato onion sandwich coffee breakfast holiday office school station airport "
-    "hospital church village mountain forest island desert ocean shadow signal engine battery curtain drawer cupboard "
-    "hallway balcony rooftop fountain statue painting poem novel magazine newspaper concert festival wedding funeral"
+    "dinner garden window kitchen bottle ticket letter picture river market bridge movie blanket"
+    " candle pocket basket corner ladder button pillow orange potato onion sandwich coffee"
+    " breakfast holiday office school station airport hospital church village mountain forest"
+    " island desert ocean shadow signal engine battery curtain drawer cupboard hallway balcony"
+    " rooftop fountain statue painting poem novel magazine newspaper concert festival wedding"
+    " funeral"
 ).split()
+
 HOW = (
-    "slowly quickly quietly loudly gently badly often rarely together alone yesterday today twice early late outside "
-    "inside somewhere nearby upstairs downstairs forever almost simply carefully happily suddenly calmly proudly"
+    "slowly quickly quietly loudly gently badly often rarely together alone yesterday today twice"
+    " early late outside inside somewhere nearby upstairs downstairs forever almost simply"
+    " carefully happily suddenly calmly proudly"
 ).split()
+
 ASIDES = (
     "Sorry for the long post and for my writing.",
     "This is a throwaway account because people know me.",
@@ -100,7 +135,13 @@ ASIDES = (
     "I never thought I would write here.",
     "Let me give some background first.",
 )
-TITLES = ("Need advice about my {relation}", "My {relation} went too far", "What would you do", "Trouble with my {relation}")
+
+TITLES = (
+    "Need advice about my {relation}",
+    "My {relation} went too far",
+    "What would you do",
+    "Trouble with my {relation}",
+)
 
 # Padding in a summary: words that say nothing.
 PADDING = (
@@ -134,8 +175,11 @@ def make_post(rng: np.random.Generator) -> Post:
     chatter = [_pick(rng, ASIDES)] if rng.random() < 0.5 else []
     for _ in range(1 + int(rng.geometric(0.35))):
         if rng.random() < 0.25:
-            other = {"name": _other(rng, NAMES, facts["name"]), "place": _other(rng, PLACES, facts["place"])}
-            chatter.append(_pick(rng, OTHERS).format(**other))
+            somebody = {
+                "name": _other(rng, NAMES, facts["name"]),
+                "place": _other(rng, PLACES, facts["place"]),
+            }
+            chatter.append(_pick(rng, OTHERS).format(**somebody))
         else:
             who, did, thing, how = (_pick(rng, words) for words in (WHO, DID, THING, HOW))
             chatter.append(f"{who.capitalize()} {did} the {thing} {how}.")
@@ -151,7 +195,11 @@ def make_summary(rng: np.random.Generator, facts: dict[str, str]) -> str:
     keep = _pick(rng, (0.45, 0.7, 0.95))  # pyright: ignore[reportArgumentType]
     distort = _pick(rng, (0.0, 0.1, 0.35))  # pyright: ignore[reportArgumentType]
     said = {
-        key: _other(rng, FACTS[key], value) if key in FACTS and rng.random() < float(distort) else value
+        key: (
+            _other(rng, FACTS[key], value)
+            if key in FACTS and rng.random() < float(distort)
+            else value
+        )
         for key, value in facts.items()
     }
     kept = {key: rng.random() < float(keep) for key in ("place", "amount", "feeling", "question")}
@@ -159,7 +207,9 @@ def make_summary(rng: np.random.Generator, facts: dict[str, str]) -> str:
         kept[_pick(rng, list(kept))] = True
     where = " in {place}" if kept["place"] else ""
     parts = [f"My {{relation}} {{name}} {{verb}} my {{object}}{where}."]
-    parts += ["It cost {amount} dollars."] * kept["amount"] + ["I feel {feeling}."] * kept["feeling"]
+    parts += ["It cost {amount} dollars."] * kept["amount"] + ["I feel {feeling}."] * kept[
+        "feeling"
+    ]
     parts += ["Should I {question}?"] * kept["question"]
     text = " ".join(parts).format(**said)
     amount = min(int(rng.choice(3, p=(0.5, 0.3, 0.2))), 1 if sum(kept.values()) > 2 else 2)
@@ -178,10 +228,24 @@ def _pattern(template: str) -> str:
 
 
 _TOLD = {key: [re.compile(_pattern(t)) for t in templates] for key, templates in TOLD.items()}
-_VALUES = {key: re.compile(rf"\b({'|'.join(map(re.escape, values))})\b") for key, values in FACTS.items()}
+
+_VALUES = {
+    key: re.compile(rf"\b({'|'.join(map(re.escape, values))})\b") for key, values in FACTS.items()
+}
+
 _KNOWN = {
     word
-    for text in (*NAMES, *RELATIONS, *VERBS, *OBJECTS, *PLACES, *AMOUNTS, *FEELINGS, *QUESTIONS, *PADDING)
+    for text in (
+        *NAMES,
+        *RELATIONS,
+        *VERBS,
+        *OBJECTS,
+        *PLACES,
+        *AMOUNTS,
+        *FEELINGS,
+        *QUESTIONS,
+        *PADDING,
+    )
     for word in re.findall(r"\w+", text)
 } | set("My my in It cost dollars I feel Should".split())
 
@@ -199,15 +263,17 @@ def read_facts(prompt: str) -> dict[str, str]:
 def reward(prompt: str, summary: str) -> float:
     """The true reward of a summary.
 
-    +1 for each of the six facts that it gives; -1.5 for a wrong value of one; -1 for each sentence of
-    padding; -0.5 for each value said again and for each word that the world does not know.
+    +1 for each of the six facts that it gives; -1.5 for a wrong value of one; -1 for each sentence
+    of padding; -0.5 for each value said again and for each word that the world does not know.
     """
-    facts, score = read_facts(prompt), 0.0
+    facts = read_facts(prompt)
+    score = 0.0
     for key, pattern in _VALUES.items():
         said = pattern.findall(summary)
         wrong = {value for value in said if value != facts.get(key)}
         score += (facts.get(key) in said) - 1.5 * len(wrong) - 0.5 * (len(said) - len(set(said)))
-    # Padding is recognised by its sentences; a mangled one counts through its words' sentence all the same.
+    # Padding is recognised by its sentences; a mangled one counts through its words' sentence all
+    # the same.
     sentences = [s.strip() for s in re.split(r"(?<=[.?])", summary) if s.strip()]
     score -= sum(not re.match(r"(My|It cost|I feel|Should I)\b", s) for s in sentences)
     score -= 0.5 * sum(word not in _KNOWN for word in re.findall(r"\w+", summary))
@@ -223,18 +289,21 @@ class World(NamedTuple):
     """The three datasets, disjoint in their posts, and the tokenizer trained on the first."""
 
     demonstrations: Records  # prompt, completions: for the SFT stage
-    train: Records  # prompt, chosen, rejected
+    train: Records  # prompt, chosen, rejected; of the world of sorting: prompt, answer
     eval: Records
     tokenizer: SentencePieceTokenizer
 
 
 def _preference(rng: np.random.Generator, post: Post) -> dict[str, str]:
     while True:
-        one, two = make_summary(rng, post.facts), make_summary(rng, post.facts)
-        if one != two:
+        first = make_summary(rng, post.facts)
+        second = make_summary(rng, post.facts)
+        if first != second:
             break
-    wins = rng.random() < 1 / (1 + np.exp(reward(post.text, two) - reward(post.text, one)))
-    return {"prompt": post.text, "chosen": one if wins else two, "rejected": two if wins else one}
+    wins = rng.random() < 1 / (1 + np.exp(reward(post.text, second) - reward(post.text, first)))
+    if wins:
+        return {"prompt": post.text, "chosen": first, "rejected": second}
+    return {"prompt": post.text, "chosen": second, "rejected": first}
 
 
 def train_tokenizer(texts: Sequence[str]) -> SentencePieceTokenizer:
@@ -257,16 +326,23 @@ def train_tokenizer(texts: Sequence[str]) -> SentencePieceTokenizer:
 
 
 @functools.lru_cache(maxsize=2)
-def make_world(seed: int, *, num_posts: int = 8192, num_pairs: int = 6144, num_eval: int = 512) -> World:
-    """The world of a seed: demonstrations, preferences and held-out preferences on different posts."""
-    rng = np.random.default_rng([seed, 20230529])  # any fixed number keeps the world apart from other uses of the seed
+def make_world(
+    seed: int, *, num_posts: int = 8192, num_pairs: int = 6144, num_eval: int = 512
+) -> World:
+    """The world of a seed: demonstrations, preferences and held-out preferences.
+
+    They are on different posts.
+    """
+    # any fixed number keeps the world apart from other uses of the seed
+    rng = np.random.default_rng([seed, 20230529])
     posts = [make_post(rng) for _ in range(num_posts + num_pairs + num_eval)]
-    demonstrated, compared, held_out = (
-        posts[:num_posts],
-        posts[num_posts : num_posts + num_pairs],
-        posts[num_posts + num_pairs :],
-    )
-    rows = [{"prompt": p.text, "completions": [make_summary(rng, p.facts) for _ in range(3)]} for p in demonstrated]
+    demonstrated = posts[:num_posts]
+    compared = posts[num_posts : num_posts + num_pairs]
+    held_out = posts[num_posts + num_pairs :]
+    rows = [
+        {"prompt": p.text, "completions": [make_summary(rng, p.facts) for _ in range(3)]}
+        for p in demonstrated
+    ]
     train = [_preference(rng, p) for p in compared]
     evaluation = [_preference(rng, p) for p in held_out]
     tokenizer = train_tokenizer([r["prompt"] + "".join(r["completions"]) for r in rows[:2000]])

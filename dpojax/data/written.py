@@ -1,7 +1,9 @@
-"""How a run writes and cuts its text: dpojax.json beside the tokenizer, in a workdir and in an export.
+"""How a run writes and cuts its text: dpojax.json.
 
-A model answers as trained only to prompts that are written as in training. Templates, limits and masks therefore travel with
-the weights, and generate, score and audit read them from there.
+It lies beside the tokenizer, in a workdir and in an export.
+
+A model answers as trained only to prompts that are written as in training. Templates, limits and
+masks therefore travel with the weights, and generate, score and audit read them from there.
 """
 
 import json
@@ -9,7 +11,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dpojax.errors import ConfigError
-from dpojax.plain_data import read_json
+from dpojax.untrusted.plain_data import read_json
 
 FILE = "dpojax.json"
 
@@ -30,7 +32,10 @@ class Writing(NamedTuple):
 
 
 def read_writing(folder: str | pathlib.Path) -> Writing | None:
-    """What lies beside a tokenizer; None if no run of dpojax wrote it. Raises: ConfigError for a damaged file."""
+    """What lies beside a tokenizer; None if no run of dpojax wrote it.
+
+    Raises: ConfigError for a damaged file.
+    """
     path = pathlib.Path(folder)
     path = path / FILE if path.is_dir() else path.parent / FILE
     if not path.is_file():
@@ -39,5 +44,7 @@ def read_writing(folder: str | pathlib.Path) -> Writing | None:
     kinds = {key: type(default) for key, default in Writing._field_defaults.items()}
     for key, value in values.items():
         if key not in kinds or type(value) is not kinds[key] or (kinds[key] is int and value < 0):
-            raise ConfigError(f"{path}: {key} is {value!r:.60}; it holds {', '.join(kinds)} as a run writes them")
+            raise ConfigError(
+                f"{path}: {key} is {value!r:.60}; it holds {', '.join(kinds)} as a run writes them"
+            )
     return Writing(**values)

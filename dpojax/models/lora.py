@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): rows of the table -> their A and B.
 
-A tree of adapters is shaped like the parameters and holds {"layers": {q_lora_a, q_lora_b, ...}} alone. The policy is the
-union of the base's tree and the adapters'; the base's tree alone is the reference. Legend: Z rank.
+A tree of adapters is shaped like the parameters and holds {"layers": {q_lora_a, q_lora_b, ...}}
+alone. The policy is the union of the base's tree and the adapters'; the base's tree alone is the
+reference. Legend: Z rank.
 """
 
 import fnmatch
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.models.config import ModelConfig
+from dpojax.models.params import ParamRow, layer_rows
 from dpojax.models.quantise import in_compute, is_quantised
-from dpojax.models.table import ParamRow, layer_rows
 
-LORA_A, LORA_B = "_lora_a", "_lora_b"
+LORA_A = "_lora_a"
+LORA_B = "_lora_b"
 
 
 class Adapter(NamedTuple):
@@ -27,7 +29,9 @@ class Adapter(NamedTuple):
 
 
 def target_rows(config: ModelConfig, targets: str) -> list[ParamRow]:
-    """The linear maps of a layer whose names match one of the comma-separated patterns, e.g. "q,v" or "*".
+    """The linear maps of a layer that `targets` names.
+
+    Comma-separated patterns, e.g. "q,v" or "*".
 
     Raises: ValueError for a pattern that matches none.
     """
@@ -35,7 +39,9 @@ def target_rows(config: ModelConfig, targets: str) -> list[ParamRow]:
     names = ", ".join(r.name for r in rows)
     for pattern in targets.split(","):
         if not any(fnmatch.fnmatch(r.name, pattern.strip()) for r in rows):
-            raise ValueError(f"lora.targets: {pattern!r} matches none of the layers' linear maps: {names}")
+            raise ValueError(
+                f"lora.targets: {pattern!r} matches none of the layers' linear maps: {names}"
+            )
     return [r for r in rows if any(fnmatch.fnmatch(r.name, p.strip()) for p in targets.split(","))]
 
 
@@ -47,10 +53,23 @@ def adapter_rows(config: ModelConfig, targets: str, rank: int) -> list[ParamRow]
         widest = max(math.prod(inputs), math.prod(outputs))
         if rank > widest:
             raise ValueError(
-                f"lora.rank is {rank}; it must be at most {widest}, the width of {row.name}, which no rank exceeds"
+                f"lora.rank is {rank}; it must be at most {widest}, the width of {row.name}, which"
+                " no rank exceeds"
             )
-        rows.append(ParamRow(row.name + LORA_A, (*inputs, rank), (*row.axes[: row.in_dims], "lora"), "normal", row.in_dims))
-        rows.append(ParamRow(row.name + LORA_B, (rank, *outputs), ("lora", *row.axes[row.in_dims :]), "zeros", 1))
+        rows.append(
+            ParamRow(
+                row.name + LORA_A,
+                (*inputs, rank),
+                (*row.axes[: row.in_dims], "lora"),
+                "normal",
+                row.in_dims,
+            )
+        )
+        rows.append(
+            ParamRow(
+                row.name + LORA_B, (rank, *outputs), ("lora", *row.axes[row.in_dims :]), "zeros", 1
+            )
+        )
     return rows
 
 
@@ -60,7 +79,10 @@ def adapter_axes(rows: Sequence[ParamRow]) -> dict:
 
 
 def init_adapters(key, rows: Sequence[ParamRow], num_layers: int, dtype) -> dict:
-    """A uniform in +-1 / sqrt(inputs), as PEFT draws it; B zero, so that the policy starts as the base."""
+    """A uniform in +-1 / sqrt(inputs), as PEFT draws it; B zero.
+
+    So the policy starts as the base.
+    """
     layers = {}
     for i, row in enumerate(rows):
         shape = (num_layers, *row.shape)
@@ -68,7 +90,9 @@ def init_adapters(key, rows: Sequence[ParamRow], num_layers: int, dtype) -> dict
             layers[row.name] = jnp.zeros(shape, dtype)
         else:
             bound = math.prod(row.map_shape[0]) ** -0.5
-            layers[row.name] = jax.random.uniform(jax.random.fold_in(key, i), shape, dtype, -bound, bound)
+            layers[row.name] = jax.random.uniform(
+                jax.random.fold_in(key, i), shape, dtype, -bound, bound
+            )
     return {"layers": layers}
 
 
@@ -78,11 +102,15 @@ def join(base: Any, adapters: Any) -> Any:
 
 
 def stack(under: Any, under_scale: float, over: Any, scale: float) -> tuple[Any, float]:
-    """Two sets of adapters as one of their summed rank, with the scale of the second: s1 A1 B1 + s2 A2 B2 = s2 A B."""
+    """Two sets of adapters as one of their summed rank.
+
+    It has the scale of the second: s1 A1 B1 + s2 A2 B2 = s2 A B.
+    """
     layers = {}
     for name in sorted({*under["layers"], *over["layers"]}):
         rank_axis = -1 if name.endswith(LORA_A) else 1
-        below, above = under["layers"].get(name), over["layers"].get(name)
+        below = under["layers"].get(name)
+        above = over["layers"].get(name)
         if below is not None and name.endswith(LORA_B):
             below = below * (under_scale / scale)
         parts = [x for x in (below, above) if x is not None]
@@ -91,16 +119,27 @@ def stack(under: Any, under_scale: float, over: Any, scale: float) -> tuple[Any,
 
 
 def merge(params: Any, config: ModelConfig, scale: float) -> Any:
-    """The tree without adapters, W + scale A B in the place of W, computed in float32; quantised maps become float32."""
+    """The tree without adapters, W + scale A B in the place of W.
+
+    It is computed in float32; quantised maps become float32.
+    """
     layers = dict(params["layers"])
     for row in layer_rows(config):
         if is_quantised(layers[row.name]):
             layers[row.name] = in_compute(layers[row.name], jnp.float32)
         if row.name + LORA_A not in layers:
             continue
-        a, b = layers.pop(row.name + LORA_A), layers.pop(row.name + LORA_B)
-        flat = lambda x, rows: x.reshape(x.shape[0], rows, -1).astype(jnp.float32)
+        a = layers.pop(row.name + LORA_A)
+        b = layers.pop(row.name + LORA_B)
+
+        def flat(x, rows):
+            return x.reshape(x.shape[0], rows, -1).astype(jnp.float32)
+
         inputs = math.prod(row.map_shape[0])
-        delta = jnp.einsum("NIZ,NZO->NIO", flat(a, inputs), flat(b, b.shape[1])).reshape(layers[row.name].shape)
-        layers[row.name] = (layers[row.name].astype(jnp.float32) + scale * delta).astype(layers[row.name].dtype)
+        delta = jnp.einsum("NIZ,NZO->NIO", flat(a, inputs), flat(b, b.shape[1])).reshape(
+            layers[row.name].shape
+        )
+        layers[row.name] = (layers[row.name].astype(jnp.float32) + scale * delta).astype(
+            layers[row.name].dtype
+        )
     return {**params, "layers": layers}

@@ -1,4 +1,5 @@
-"""The embedded default with an objective that is not dpojax's: python -m dpojax.main --config=experiments/own_objective/config.py.
+"""The embedded default with an objective that is not dpojax's: python -m dpojax.main
+--config=experiments/own_objective/config.py.
 
 Hardware: 2 CPU cores. Time: 3 minutes. Expected: README.md beside this file.
 """
@@ -7,7 +8,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import tldr
+from dpojax.configs import tldr
 
 
 def get_config() -> ConfigDict:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dpojax.losses import Pairs
+from dpojax.objectives.pairs import Pairs
 
 
 def even_dpo(x: Pairs, *, beta: float, sharpness: float):

@@ -1,9 +1,11 @@
-"""Does the main job train on published preferences as they are? TL;DR comparisons and the three Anthropic HH files.
+"""Does the main job train on published preferences as they are? TL;DR comparisons and the three
+Anthropic HH files.
 
     python experiments/real_data/run.py --data=DIR --model=DIR --out=runs/real_data
 
-DIR of data holds tldr/{train,validation}.jsonl.gz and hh/*.jsonl.gz; the model is a Hugging Face Llama directory with its tokenizer. HH
-comes as one file each: its last tenth, line by line and bad rows included, is held out. Writes table.md, results.json and curves.png.
+DIR of data holds tldr/{train,validation}.jsonl.gz and hh/*.jsonl.gz; the model is a Hugging Face
+Llama directory with its tokenizer. HH comes as one file each: its last tenth, line by line and bad
+rows included, is held out. Writes table.md, results.json and curves.png.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dpojax import sweep
+from dpojax.runtime.subprocess_run import run_in_process
 
 HH = ("helpful-base", "harmless-base", "helpful-rejection-sampled")
 
@@ -35,12 +37,18 @@ def split(source: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Path]
 
 def read(workdir: pathlib.Path) -> dict:
     """What a finished run found."""
-    evals = [r for r in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in r]
+    evals = [
+        r
+        for r in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in r
+    ]
     return {"evals": evals, "summary": json.loads((workdir / "summary.json").read_text())}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", default="runs/real_data")
@@ -66,28 +74,45 @@ def main() -> None:
         if name == "tldr":
             own |= {"data.prompt_template": "{prompt}\n\nTL;DR:", "optim.learning_rate": 3e-5}
         config = "configs/tldr.py" if name == "tldr" else "configs/hh.py"
-        sweep.train(out / name, config, common | own)
-    write(out, {name: read(out / name) for name in ("tldr", *HH) if (out / name / "summary.json").is_file()})
+        run_in_process(out / name, config, common | own)
+    write(
+        out,
+        {
+            name: read(out / name)
+            for name in ("tldr", *HH)
+            if (out / name / "summary.json").is_file()
+        },
+    )
 
 
 def write(out: pathlib.Path, found: dict[str, dict]) -> None:
     """The table and the curves of all runs."""
     (out / "results.json").write_text(json.dumps(found, indent=1))
     lines = [
-        "| data | rows | dropped | pairs held out | eval loss before | after | accuracy before | after |",
+        (
+            "| data | rows | dropped | pairs held out | eval loss before | after | accuracy before"
+            " | after |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, result in found.items():
         rows, evals = result["summary"]["train_rows"], result["evals"]
-        dropped = ", ".join(f"{v} {k.removeprefix('dropped/')}" for k, v in rows.items() if k.startswith("dropped/") and v)
+        dropped = ", ".join(
+            f"{v} {k.removeprefix('dropped/')}"
+            for k, v in rows.items()
+            if k.startswith("dropped/") and v
+        )
         held = result["summary"]["eval_rows"]
-        usable = held["rows"] - sum(v for k, v in held.items() if k.startswith("dropped/") or k == "bad_line")
+        usable = held["rows"] - sum(
+            v for k, v in held.items() if k.startswith("dropped/") or k == "bad_line"
+        )
         first, last = evals[0], evals[-1]
         key = "eval_rewards/accuracies"
         lines.append(
-            f"| {name} | {rows['rows']:,} | {dropped or 'none'} | {usable:,} | {first['eval_loss']:.4f} | {last['eval_loss']:.4f} | "
-            f"{first[key]:.3f} | {last[key]:.3f} |"
+            f"| {name} | {rows['rows']:,} | {dropped or 'none'} | {usable:,} |"
+            f" {first['eval_loss']:.4f} | {last['eval_loss']:.4f} | {first[key]:.3f} |"
+            f" {last[key]:.3f} |"
         )
         steps = [r["step"] for r in evals]
         axes[0].plot(steps, [r["eval_loss"] for r in evals], "o-", label=name)

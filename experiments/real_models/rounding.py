@@ -2,7 +2,8 @@
 
     python experiments/real_models/rounding.py --model=DIR --data=FILE
 
-Every row of the data is scored by the float32 model and by the same with its layers' matrices in bfloat16, int8, fp8 and nf4.
+Every row of the data is scored by the float32 model and by the same with its layers' matrices in
+bfloat16, int8, fp8 and nf4.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import score
-from dpojax.inference import load_model
+from dpojax.evaluation.score_passes import response_logps
+from dpojax.generation.loaded import load_model
 from dpojax.models.quantise import QTYPES, quantise_params
 
 
@@ -23,13 +25,25 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     data, index = score.read_rows(args)
     loaded = load_model(args.model, args)
-    logps = lambda params: np.concatenate(score.response_logps(loaded._replace(params=params), data, index, args, args.model))
+
+    def logps(params):
+        return np.concatenate(
+            response_logps(loaded._replace(params=params), data, index, args, args.model)
+        )
+
     exact, tokens = logps(loaded.params), index.response_lengths
-    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]))
+
+    def size(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree["layers"]))
+
     print(
-        f"\n{len(exact)} responses of {len(index.rows)} rows, {tokens.sum():,} tokens, float32 mean {exact.sum() / tokens.sum():.3f} nats a token"
+        f"\n{len(exact)} responses of {len(index.rows)} rows, {tokens.sum():,} tokens, float32 mean"
+        f" {exact.sum() / tokens.sum():.3f} nats a token"
     )
-    print("| layers in | size | per token: mean error | of a response: mean | largest |\n|---|---|---|---|---|")
+    print(
+        "| layers in | size | per token: mean error | of a response: mean | largest"
+        " |\n|---|---|---|---|---|"
+    )
     for kind in ("bfloat16", *QTYPES):
         if kind in QTYPES:
             params = quantise_params(loaded.params, loaded.config, kind)
@@ -38,7 +52,10 @@ def main() -> None:
             params = {**loaded.params, "layers": layers}
         error = np.abs(logps(params) - exact)
         small = size(params) / size(loaded.params)
-        print(f"| {kind} | {small:.2f} | {np.mean(error / tokens):.4f} | {error.mean():.3f} | {error.max():.3f} nats |")
+        print(
+            f"| {kind} | {small:.2f} | {np.mean(error / tokens):.4f} | {error.mean():.3f} |"
+            f" {error.max():.3f} nats |"
+        )
 
 
 if __name__ == "__main__":

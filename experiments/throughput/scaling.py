@@ -1,21 +1,22 @@
-"""How does the cost of a step grow? Seconds of a step against row length, vocabulary, responses, pairs, micro-batch and devices.
+"""How does the cost of a step grow? Seconds of a step against row length, vocabulary, responses,
+pairs, micro-batch and devices.
 
     python experiments/throughput/scaling.py --out=DIR
 
-The real step of the main job, on random groups of one size and the 21M Llama, one thing varied at a time. The exponent is the
-slope of log seconds over log size, by least squares, through all points and through the last two. Writes scaling.json, scaling.md
-and scaling.png.
+The real step of the main job, on random groups of one size and the 21M Llama, one thing varied at a
+time. The exponent is the slope of log seconds over log size, by least squares, through all points
+and through the last two. Writes scaling.json, scaling.md and scaling.png.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import matplotlib
 
@@ -24,19 +25,29 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dpojax import sharding
-from dpojax.config import from_config_dict, load_config_file
-from dpojax.data.packing import TokenGroup, TokenPair, pack_step, plan_step
-from dpojax.data.pipeline import Lengths
-from dpojax.job import Job
-from dpojax.metrics import MetricsLog
-from dpojax.models import ModelConfig
-from dpojax.plan import NeverStop
-from dpojax.policy import describe, fitted
-from dpojax.stages import batch_shape, preference_program
-from dpojax.train import new_state
+from dpojax.algorithms.dpo import preference_step
+from dpojax.config.load import from_config_dict, load_config_file
+from dpojax.cost.step_work import NeverStop
+from dpojax.data.row_filling import StepLengths, pack_step
+from dpojax.data.row_plan import plan_step
+from dpojax.data.shapes import Lengths
+from dpojax.data.token_groups import TokenGroup, TokenPair
+from dpojax.models.config import ModelConfig
+from dpojax.models.placed import describe, fitted
+from dpojax.runtime.context import Job
+from dpojax.runtime.log import MetricsLog
+from dpojax.runtime.mesh import config_mesh, num_shards
+from dpojax.training.rows import batch_shape
 
-BASE = {"prompt": 256, "response": 64, "responses": 2, "groups": 16, "vocabulary": 32_000, "micro_batch": 4096, "devices": 1}
+BASE = {
+    "prompt": 256,
+    "response": 64,
+    "responses": 2,
+    "groups": 16,
+    "vocabulary": 32_000,
+    "micro_batch": 4096,
+    "devices": 1,
+}
 VARIED = {
     "prompt": (64, 256, 1024, 2048),
     "response": (16, 64, 256),
@@ -61,18 +72,36 @@ def measure(point: dict[str, int], steps: int) -> float:
     """Median seconds of a step, its compiling left out."""
     raw = load_config_file("configs/tldr.py")
     groups, k, x, y = (point[n] for n in ("groups", "responses", "prompt", "response"))
-    raw.batch_size, raw.data.micro_batch_tokens, raw.lora.rank = groups, max(point["micro_batch"], x + k * y), 0
+    raw.batch_size, raw.data.micro_batch_tokens, raw.lora.rank = (
+        groups,
+        max(point["micro_batch"], x + k * y),
+        0,
+    )
     config = from_config_dict(raw)
-    mesh = sharding.config_mesh(config.mesh, jax.devices()[: point["devices"]])
+    mesh = config_mesh(config.mesh, jax.devices()[: point["devices"]])
     job = Job(config, pathlib.Path(), mesh, MetricsLog(pathlib.Path(), enabled=False), NeverStop())
     policy = describe(
         job,
         ModelConfig(
-            vocab_size=point["vocabulary"], hidden_size=256, intermediate_size=640, num_layers=6, num_heads=4, num_kv_heads=4,
-            head_dim=64, norm="rms", norm_eps=1e-6, mlp="gated", activation="silu", rope_theta=1e4, attention_bias=False,
-            mlp_bias=False, tie_embeddings=False, max_positions=8192, init_std=0.02,
+            vocab_size=point["vocabulary"],
+            hidden_size=256,
+            intermediate_size=640,
+            num_layers=6,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=64,
+            norm="rms",
+            norm_eps=1e-6,
+            mlp="gated",
+            activation="silu",
+            rope_theta=1e4,
+            attention_bias=False,
+            mlp_bias=False,
+            tie_embeddings=False,
+            max_positions=8192,
+            init_std=0.02,
         ),
-    )  # fmt: skip
+    )
     prompts, responses, pairs = (
         [x] * groups,
         [[y] * k] * groups,
@@ -82,19 +111,34 @@ def measure(point: dict[str, int], steps: int) -> float:
     shape = dataclasses.replace(shape, num_pairs=groups * (k - 1))
     policy = fitted(job, policy, shape)
     rng = np.random.default_rng(0)
-    ids = lambda n: rng.integers(3, point["vocabulary"], n)
-    made = [TokenGroup(ids(x), tuple(ids(y) for _ in range(k)), pairs[i], row=i) for i in range(groups)]
+
+    def ids(n):
+        return rng.integers(3, point["vocabulary"], n)
+
+    made = [
+        TokenGroup(ids(x), tuple(ids(y) for _ in range(k)), pairs[i], row=i) for i in range(groups)
+    ]
     batch = pack_step(
-        plan_step(prompts, responses, shape), shape, lambda g: made[g], prompt_lengths=prompts, response_lengths=responses,
-        counted_lengths=responses, pairs=pairs, shards=range(sharding.num_shards(mesh)), pad_id=0, with_ref=False,
-    )  # fmt: skip
-    program, optimizer = preference_program(job, policy)
-    params = lambda: jax.jit(policy.model.init, out_shardings=policy.shardings)(jax.random.key(0))
-    state, reference, batch = jax.jit(functools.partial(new_state, optimizer))(params()), params(), job.put(batch)
+        plan_step(prompts, responses, shape),
+        shape,
+        lambda g: made[g],
+        StepLengths(prompts=prompts, responses=responses, counted=responses, pairs=pairs),
+        shards=range(num_shards(mesh)),
+        pad_id=0,
+        with_ref=False,
+    )
+    step = preference_step(job, policy)
+
+    def params():
+        return jax.jit(policy.model.init, out_shardings=policy.shardings)(jax.random.key(0))
+
+    state = jax.jit(step.make_state)({"policy": params()}, {})
+    frozen = {"reference": params(), "base": None}
+    batch = job.put(batch)
     seconds = []
     for _ in range(1 + steps):
         start = time.perf_counter()
-        state, metrics = program(state, reference, batch, np.bool_(False), None)
+        state, metrics = step.program(state, frozen, batch, np.bool_(False))
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:]))
@@ -107,7 +151,9 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
 def draw(found: dict[str, dict], file: pathlib.Path) -> None:
     """A panel for each variation, all on one scale of seconds."""
     columns = -(-len(found) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.2 * columns, 5.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        2, columns, figsize=(3.2 * columns, 5.6), sharey=True, squeeze=False
+    )
     for axis, (name, own) in zip(axes.flat, found.items(), strict=False):
         axis.loglog(own["size"], own["seconds"], "o-")
         axis.set(xlabel=LABELS[name], title=f"exponent {own['exponent']:.2f}")
@@ -126,16 +172,19 @@ def draw(found: dict[str, dict], file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(VARIED), choices=list(VARIED))
-    parser.add_argument("--point", default="", help=argparse.SUPPRESS)  # a process of its own: the number of devices is its own
+    # a process of its own: the number of devices is its own
+    parser.add_argument("--point", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
         print("RESULT" + json.dumps(measure(json.loads(args.point), args.steps)))
         return
-    found: dict[str, dict[str, list]] = {}
+    found: dict[str, dict[str, Any]] = {}
     known: dict[str, float] = {}  # every variation goes through the same point
     for name in args.only:
         found[name] = {"size": list(VARIED[name]), "seconds": []}
@@ -145,17 +194,28 @@ def main() -> None:
             if key not in known:
                 argv = [sys.executable, __file__, f"--steps={args.steps}", f"--point={key}"]
                 environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(point["devices"])}
-                done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                done = subprocess.run(
+                    argv, check=True, stdout=subprocess.PIPE, text=True, env=environment
+                )
                 known[key] = json.loads(done.stdout.split("RESULT")[1])
             found[name]["seconds"].append(known[key])
             print(f"{LABELS[name]} {size}: {found[name]['seconds'][-1]:.2f} s", flush=True)
-    lines = ["| varied | from | to | seconds of a step | exponent | of the last two |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| varied | from | to | seconds of a step | exponent | of the last two |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, own in found.items():
         sizes, seconds = own["size"], own["seconds"]
         own["exponent"], own["last"] = slope(sizes, seconds), slope(sizes[-2:], seconds[-2:])
         shown = ", ".join(f"{s:.2f}" for s in seconds)
-        lines.append(f"| {LABELS[name]} | {sizes[0]:,} | {sizes[-1]:,} | {shown} | {own['exponent']:.2f} | {own['last']:.2f} |")
-    text = "\n".join(lines) + f"\n\nOtherwise: {', '.join(f'{LABELS[n]} {v:,}' for n, v in BASE.items())}.\n"
+        lines.append(
+            f"| {LABELS[name]} | {sizes[0]:,} | {sizes[-1]:,} | {shown} | {own['exponent']:.2f} |"
+            f" {own['last']:.2f} |"
+        )
+    text = (
+        "\n".join(lines)
+        + f"\n\nOtherwise: {', '.join(f'{LABELS[n]} {v:,}' for n, v in BASE.items())}.\n"
+    )
     out = pathlib.Path(args.out or ".")
     out.mkdir(parents=True, exist_ok=True)
     (out / "scaling.json").write_text(json.dumps({"base": BASE, "found": found}, indent=1) + "\n")

@@ -1,6 +1,8 @@
-"""Trains with Tunix on FOLDER's rows and weights as `run.py` asks for, and prints what every step took. Run by `run.py`.
+"""Trains with Tunix on FOLDER's rows and weights as `run.py` asks for, and prints what every step
+took. Run by `run.py`.
 
-Tunix has one dtype for weights and computation: in bfloat16 its weights and moments are of it too, where dpojax and TRL keep float32.
+Tunix has one dtype for weights and computation: in bfloat16 its weights and moments are of it too,
+where dpojax and TRL keep float32.
 """
 
 import json
@@ -37,8 +39,11 @@ config = llama3.ModelConfig(
     weight_tying=shape["tie_word_embeddings"],
     remat_config=llama3.RematConfig.DECODER if settings["remat"] else llama3.RematConfig.NONE,
 )
-longest = {name: max(len(r[f"{name}_ids"]) for r in rows) for name in ("prompt", "chosen", "rejected")}
-longest["chosen"] = longest["rejected"] = max(longest["chosen"], longest["rejected"])  # one shape: nothing compiles twice
+longest = {
+    name: max(len(r[f"{name}_ids"]) for r in rows) for name in ("prompt", "chosen", "rejected")
+}
+# one shape: nothing compiles twice
+longest["chosen"] = longest["rejected"] = max(longest["chosen"], longest["rejected"])
 
 
 def padded(batch, name):
@@ -46,18 +51,29 @@ def padded(batch, name):
     size, own = longest[name], [r[f"{name}_ids"] for r in batch]
     spare = [[0] * (size - len(x)) for x in own]
     mask = [[1] * len(x) for x in own]
-    sides = [(s + x, s + m) if name == "prompt" else (x + s, m + s) for x, m, s in zip(own, mask, spare, strict=True)]
-    return {f"{name}_ids": np.array([x for x, _ in sides]), f"{name}_mask": np.array([m for _, m in sides])}
+    sides = [
+        (s + x, s + m) if name == "prompt" else (x + s, m + s)
+        for x, m, s in zip(own, mask, spare, strict=True)
+    ]
+    return {
+        f"{name}_ids": np.array([x for x, _ in sides]),
+        f"{name}_mask": np.array([m for _, m in sides]),
+    }
 
 
 def micro_batches():
     for i in range(0, len(rows), settings["micro"]):
         batch = rows[i : i + settings["micro"]]
-        yield TrainingInput(**padded(batch, "prompt"), **padded(batch, "chosen"), **padded(batch, "rejected"))
+        yield TrainingInput(
+            **padded(batch, "prompt"), **padded(batch, "chosen"), **padded(batch, "rejected")
+        )
 
 
 class Timer(hooks.TrainingHooks):
-    """When the parameters of each optimizer step were there, and its loss. Tunix reports losses a step late, without waiting."""
+    """When the parameters of each optimizer step were there, and its loss.
+
+    Tunix reports losses a step late, without waiting.
+    """
 
     def __init__(self):
         self.times, self.losses, self.micro_batches = [], [], 0
@@ -88,8 +104,14 @@ dtype = jnp.dtype(settings["dtype"])
 mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 timer = Timer()
 with mesh:
-    policy, reference = (params.create_model_from_safe_tensors(f"{folder}/model", config, mesh, dtype) for _ in range(2))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0))
+    policy, reference = (
+        params.create_model_from_safe_tensors(f"{folder}/model", config, mesh, dtype)
+        for _ in range(2)
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
+    )
     own = DPOTrainingConfig(
         eval_every_n_steps=10**6,
         max_steps=settings["steps"],
@@ -100,6 +122,15 @@ with mesh:
     trainer.with_training_hooks(timer)
     trainer.train(micro_batches())
 stats = jax.devices()[0].memory_stats()
-memory = stats["peak_bytes_in_use"] if stats else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = {"loss": timer.losses, "seconds": np.diff(timer.times).tolist(), "peak_gib": memory / 2**30, "cache_seconds": 0.0}
+memory = (
+    stats["peak_bytes_in_use"]
+    if stats
+    else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+)
+found = {
+    "loss": timer.losses,
+    "seconds": np.diff(timer.times).tolist(),
+    "peak_gib": memory / 2**30,
+    "cache_seconds": 0.0,
+}
 print("RESULT" + json.dumps(found))

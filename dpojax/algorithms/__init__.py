@@ -1,0 +1,1 @@
+"""What does it train, and how? One algorithm a file, all of one face."""

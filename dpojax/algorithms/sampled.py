@@ -1,0 +1,101 @@
+"""What a stage that samples between two steps starts from: policy, adapters, reference."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from dpojax.algorithms.face import Inputs, Start
+from dpojax.algorithms.opening import open_sampler, start_adapters
+from dpojax.data.packing import PackShape
+from dpojax.evaluation.samples import Sampling
+from dpojax.models.placed import Policy, fitted
+from dpojax.runtime.context import Job
+from dpojax.training.checksums import checksums, digest
+from dpojax.training.findings import Findings
+from dpojax.training.gradients import full_params
+from dpojax.training.state import TrainState
+from dpojax.weights.reference import open_frozen, reference_params
+
+
+class SampledPolicy(NamedTuple):
+    """A policy that is trained on its own samples, and what it is held to."""
+
+    policy: Policy  # all of it, fitted to the rows
+    trained: Policy  # where the trained parameters lie: the same, or the adapters
+    params: Any  # trained ones before the first step, which the stage's state takes
+    frozen: dict[str, Any]  # trees by role that no step changes; None where there is none
+    init: str  # digest of the policy's parameters before the stage
+    sampler: Sampling | None  # of held-out prompts, at the end
+
+    @property
+    def full(self) -> Callable[[Any], Any]:
+        """Trained parameters -> the policy's."""
+        return full_params(self.frozen)
+
+
+def open_sampled(
+    job: Job, inputs: Inputs, start: Start, shape: PackShape, *, with_reference: bool
+) -> SampledPolicy:
+    """The policy before the stage, with its adapters where config.lora asks for them.
+
+    The reference is reference.init, else the policy as the stage found it: under adapters their
+    base, without a copy.
+
+    Args:
+      shape: of the rows.
+      with_reference: whether anything reads one.
+    """
+    c = job.config
+    params = start.params()
+    init = digest(checksums(params))
+    policy = fitted(job, inputs.policy, shape)
+    trained = policy
+    base = None
+    reference = None
+    if c.lora.rank:
+        base = open_frozen(job, inputs.policy, params, c.lora.base_dtype, {})
+    if with_reference and c.reference.init:
+        source = reference_params(job, inputs.policy)
+        reference = _reference(job, inputs, source)
+        jax.tree.map(lambda x: x.delete(), source)
+    elif with_reference:
+        reference = base if base is not None else _reference(job, inputs, params)
+    if base is not None:
+        trained, params = start_adapters(job, policy, params)
+    return SampledPolicy(
+        policy=policy,
+        trained=trained,
+        params=params,
+        frozen={"reference": reference, "base": base},
+        init=init,
+        sampler=open_sampler(job, inputs),
+    )
+
+
+def _reference(job: Job, inputs: Inputs, params: Any) -> Any:
+    c = job.config.reference
+    return open_frozen(job, inputs.policy, params, c.dtype, c.rules, c.memory)
+
+
+def sampled_findings(
+    opened: SampledPolicy,
+    *,
+    title: str,
+    settings: tuple[str, ...],
+    scalars: Mapping[str, Any],
+    state: TrainState,
+) -> Findings:
+    """What the stage found out: samples of policy and reference, side by side."""
+    samples = None
+    reference = opened.frozen["reference"]
+    if opened.sampler is not None and reference is not None:
+        samples = opened.sampler.compare(opened.full(state.policy), reference)
+    return Findings(
+        title=title,
+        settings=settings,
+        unit="responses",
+        scalars={"skipped_steps": int(state.skipped), **scalars},
+        samples=samples,
+        policy_params=lambda: opened.full(state.policy),
+    )

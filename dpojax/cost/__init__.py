@@ -1,0 +1,1 @@
+"""What would a run need on devices that are not here?"""

@@ -1,0 +1,117 @@
+"""A config and a topology -> whether the step fits, what it needs, and what would help."""
+
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from dpojax.config.schema import Config
+from dpojax.cost.devices import Topology
+from dpojax.cost.roofline import Roofline, roofline
+from dpojax.cost.step_work import Prepared, StepWork, prepare, step_work
+from dpojax.cost.traffic import Traffic, collective_traffic
+from dpojax.errors import FitError
+from dpojax.runtime.devices import GIB
+from dpojax.training.rows import describe_rows
+
+
+class Plan(NamedTuple):
+    """What a step needs on a topology."""
+
+    topology: str
+    num_slices: int
+    devices: int
+    seconds_to_compile: float
+    hbm_gib: float  # peak on a device
+    available_gib: float
+    categories_gib: dict[str, float]
+    host_gib: float  # per device
+    traffic: list[Traffic]
+    work: StepWork
+    roofline: Roofline
+    useful_mfu: float  # at the roofline
+    layout: str
+
+
+def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = "") -> Plan:
+    """Compiles the step for the topology. Raises: FitError where it needs more memory than a device
+    has.
+
+    Args:
+      hlo: a file for the compiled program's text; "": none.
+    """
+    program = prepare(config, topology, lengths)
+    work = step_work(program)
+    start = time.monotonic()
+    try:
+        compiled = program.lower()
+    except jax.errors.JaxRuntimeError as error:
+        raise _not_fitting(error, program, topology) from error
+    seconds = time.monotonic() - start
+    analysis: Any = compiled.memory_analysis()
+    # Outputs that are written over inputs take no room.
+    outputs = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    categories = {
+        **program.memory,
+        "temporary": float(analysis.temp_size_in_bytes + outputs),
+        "program": float(analysis.generated_code_size_in_bytes),
+    }
+    peak = sum(categories.values())
+    # An upper bound: full chunks and the quarters behind them are two loops, which both count so.
+    chunks = max(1.0, work.scored / config.model.logps_chunk_tokens)
+    text = compiled.as_text()
+    if hlo:
+        pathlib.Path(hlo).write_text(text)
+    traffic = collective_traffic(text, trips=(work.micro, chunks), num_slices=topology.num_slices)
+    times = roofline(program, work, traffic, topology.chip)
+    plan = Plan(
+        topology=topology.name,
+        num_slices=topology.num_slices,
+        devices=len(topology.devices),
+        seconds_to_compile=seconds,
+        hbm_gib=peak / GIB,
+        available_gib=topology.chip.hbm / GIB,
+        categories_gib={k: v / GIB for k, v in categories.items()},
+        host_gib=(program.host + analysis.host_temp_size_in_bytes) / GIB,
+        traffic=traffic,
+        work=work,
+        roofline=times,
+        useful_mfu=work.useful / (len(topology.devices) * topology.chip.peak * times.seconds),
+        layout=describe_rows(program.shape),
+    )
+    if peak > topology.chip.hbm:
+        raise FitError(
+            f"{topology.name}: a device needs {plan.hbm_gib:.2f} GiB and has"
+            f" {plan.available_gib:.2f} GiB; {ADVICE}"
+        )
+    return plan
+
+
+ADVICE = (
+    "lower data.micro_batch_tokens or model.logps_chunk_tokens, set model.remat=full or"
+    " full_offload, reference.mode=cached, reference.dtype=int8 or reference.memory=pinned_host, or"
+    " take more devices"
+)
+
+
+def _not_fitting(error: Exception, program: Prepared, topology: Topology) -> Exception:
+    """A FitError with both figures where the compiler says that memory is full; else `error`."""
+    text = str(error)
+    if not any(sign in text for sign in ("RESOURCE_EXHAUSTED", "Ran out of memory", "HbmOom")):
+        return error
+    amount = r"([\d.]+)([GMT])"
+    used = re.search(rf"[Uu]sed {amount} of {amount}", text) or re.search(
+        rf"\({amount}\) exceeds available HBM \({amount}\)", text
+    )
+    inputs = sum(program.memory.values()) / GIB
+    if used is None:
+        return FitError(f"{topology.name}: out of memory ({text.splitlines()[0]:.300}); {ADVICE}")
+    scale = {"M": 1 / 1024, "G": 1.0, "T": 1024.0}
+    needed = float(used.group(1)) * scale[used.group(2)]
+    available = float(used.group(3)) * scale[used.group(4)]
+    return FitError(
+        f"{topology.name}: a device needs {needed:.2f} GiB and has {available:.2f} GiB"
+        f" ({inputs:.2f} GiB of it parameters, optimizer, reference and batch); {ADVICE}"
+    )

@@ -1,0 +1,1 @@
+"""How are answers drawn, and who judges them?"""

@@ -1,0 +1,1 @@
+"""The attention rule of packed rows: on plain XLA, and on vendors' kernels."""

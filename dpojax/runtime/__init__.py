@@ -1,0 +1,1 @@
+"""Which machine, which processes, and what do they share?"""

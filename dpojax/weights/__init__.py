@@ -1,0 +1,1 @@
+"""How do weights get in and out?"""
