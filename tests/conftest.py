@@ -40,6 +40,7 @@ jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartyp
 
 import messages
 import runs
+from shared_data import DATA
 
 from dpojax import errors
 from dpojax.data import world
@@ -55,10 +56,6 @@ def _checked(self, *args):
 
 
 errors.DpojaxError.__init__ = _checked
-
-DATA = pathlib.Path(
-    os.environ.get("DPOJAX_TEST_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data")
-).resolve()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,7 +11,7 @@ import shutil
 from typing import Any
 
 import pytest
-from conftest import DATA
+from shared_data import DATA
 
 from dpojax.data.chat import ChatTemplate, Context
 from dpojax.data.open_tokenizer import chat_template, load_tokenizer

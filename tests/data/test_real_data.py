@@ -49,7 +49,7 @@ def index_of(data):
 @pytest.fixture(scope="module")
 def stories(request):
     """A pretrained Llama and its parameters."""
-    from conftest import DATA
+    from shared_data import DATA
 
     folder = DATA / "models/TinyStories-656K"
     if not folder.is_dir():

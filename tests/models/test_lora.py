@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import transformers_families
 from runs import ROOT, rows, run
 
 from dpojax.algorithms.preference import preference_gradients
@@ -280,19 +281,20 @@ needs_peft = pytest.mark.skipif(
 @needs_peft
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
 def test_adapters_go_to_peft_and_back(tmp_path, name):
-    import test_families
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    reference = test_families.theirs(name, tmp_path / "base")
-    config, _, base = test_families.ours(tmp_path / "base")
+    reference = transformers_families.theirs(name, tmp_path / "base")
+    config, _, base = model_folders.opened(tmp_path / "base")
     model = decoder(config, adapter=lora.Adapter(SCALE, 0.0))
     ids = np.random.default_rng(0).integers(0, 61, (2, 20))
     own = adapters(config, moved=True)
     peft.export_adapters(own, config, tmp_path / "ours", scale=SCALE, base=str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
     np.testing.assert_allclose(
-        logits(model, lora.join(base, own), ids), test_families.their_logits(theirs, ids), atol=1e-4
+        logits(model, lora.join(base, own), ids),
+        transformers_families.their_logits(theirs, ids),
+        atol=1e-4,
     )
     again, scale = peft.load_adapters(
         tmp_path / "ours", peft.read_settings(tmp_path / "ours"), config
@@ -300,7 +302,7 @@ def test_adapters_go_to_peft_and_back(tmp_path, name):
     back = decoder(config, adapter=lora.Adapter(scale, 0.0))
     np.testing.assert_allclose(
         logits(back, lora.join(base, again), ids),
-        test_families.their_logits(theirs, ids),
+        transformers_families.their_logits(theirs, ids),
         atol=1e-4,
     )
 
@@ -313,7 +315,7 @@ def test_adapters_go_to_peft_and_back(tmp_path, name):
         "gpt_neox": ["query_key_value"],
         "phi3": ["qkv_proj", "o_proj"],
     }
-    reference = test_families.theirs(name, tmp_path / "base")
+    reference = transformers_families.theirs(name, tmp_path / "base")
     settings = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -334,7 +336,7 @@ def test_adapters_go_to_peft_and_back(tmp_path, name):
     policy = decoder(config, adapter=lora.Adapter(scale, 0.0))
     np.testing.assert_allclose(
         logits(policy, lora.join(base, found), ids),
-        test_families.their_logits(made, ids),
+        transformers_families.their_logits(made, ids),
         atol=1e-4,
     )
 

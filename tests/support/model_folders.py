@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import runs
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from dpojax.data.open_tokenizer import load_tokenizer
-from dpojax.weights import export, safetensors
+from dpojax.weights import export, huggingface, safetensors
 
 ROWS = [
     (
@@ -150,3 +151,14 @@ def as_json(folder: pathlib.Path) -> None:
     made.add_special_tokens(["</s>"])
     made.save(str(folder / "tokenizer.json"))
     path.unlink()
+
+
+def opened(folder: pathlib.Path):
+    """The config, the model and the float32 parameters of a folder in Hugging Face's layout."""
+    config = huggingface.read_config(folder)
+    model = tiny.model(config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = jax.tree.map(
+        lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract
+    )
+    return config, model, huggingface.load_params(folder, config, shardings, jnp.dtype("float32"))

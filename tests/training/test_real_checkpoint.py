@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import DATA
 from runs import ROOT, environment
+from shared_data import DATA
 
 # two trainers of 135M parameters on whatever cores there are
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
