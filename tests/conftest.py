@@ -2,7 +2,6 @@
 
 import atexit
 import collections
-import json
 import os
 import pathlib
 import shutil
@@ -43,7 +42,6 @@ import runs
 from shared_data import DATA
 
 from dpojax import errors
-from dpojax.data import world
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -95,13 +93,7 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Preferences as JSONL, and a tokenizer, from a small world."""
-    folder = tmp_path_factory.mktemp("data")
-    made = world.make_world(7, num_posts=2000, num_pairs=64, num_eval=16)
-    for name, records in (("train", made.train), ("eval", made.eval)):
-        lines = [json.dumps(records.get(i)) + "\n" for i in range(records.size)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    made.tokenizer.save(folder)
-    return folder
+    return runs.small_world(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

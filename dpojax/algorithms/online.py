@@ -126,6 +126,7 @@ class OnlineBatches:
             num_samples=num_samples,
             num_pairs=num_samples if num_pairs is None else num_pairs,
             num_shards=num_shards(job.mesh),
+            micro_batch_tokens=config.data.micro_batch_tokens,
         )
 
     def __call__(self, step: int, state: TrainState) -> tuple[PackedBatch, StepSizes]:

@@ -16,6 +16,9 @@ from dpojax.data.row_plan import RowShape, StepPlan, plan_step, step_shape, wast
 from dpojax.data.shapes import StepSizes
 from dpojax.data.token_groups import TokenGroup, TokenPair
 
+# Arrays of a step have a place for so many prompts of every row.
+ROW_GROUPS = 2
+
 
 class Rollout(NamedTuple):
     """A prompt with its sampled responses, and the pairs that are trained on."""
@@ -43,16 +46,26 @@ def rollout_shape(
     num_samples: int,
     num_pairs: int,
     num_shards: int,
+    micro_batch_tokens: int = 0,
 ) -> PackShape:
     """The static shape that holds every rollout of so many prompts and samples.
+
+    A row holds the longest prompt with the longest responses, or ROW_GROUPS shorter ones.
 
     Args:
       prompt_tokens, response_tokens: of the longest ones.
       num_pairs: of a prompt, at most.
+      micro_batch_tokens: most tokens of a micro-batch on a data shard (one row at least); 0: a step
+        is one micro-batch.
     """
     row_tokens = prompt_tokens + num_samples * response_tokens
+    shard_rows = -(-num_prompts // num_shards)
+    row_groups = 0
+    if micro_batch_tokens:
+        shard_rows = min(shard_rows, max(1, micro_batch_tokens // row_tokens))
+        row_groups = ROW_GROUPS
     rows = RowShape(
-        layout="shared", row_tokens=row_tokens, shard_rows=-(-num_prompts // num_shards)
+        layout="shared", row_tokens=row_tokens, shard_rows=shard_rows, row_groups=row_groups
     )
     return step_shape(
         rows,

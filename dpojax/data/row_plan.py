@@ -69,14 +69,17 @@ def step_shape(
         if rows.row_groups:
             most_rows += 2 * num_groups // rows.row_groups + 1
         cells = -(-min(num_groups, most_rows) // shard_rows)
+    most_groups = num_groups  # of a data shard's micro-batch
+    if rows.row_groups:
+        most_groups = min(num_groups, shard_rows * rows.row_groups)
     return PackShape(
         layout=rows.layout,
         num_micro=-(-cells // num_shards),
         shard_rows=shard_rows,
         num_shards=num_shards,
         row_tokens=rows.row_tokens,
-        num_responses=num_groups * max_responses,
-        num_pairs=max(1, num_groups * max_pairs),
+        num_responses=most_groups * max_responses,
+        num_pairs=max(1, most_groups * max_pairs),
         num_lanes=max_responses,
         longest=longest_sequence,
         row_groups=rows.row_groups,

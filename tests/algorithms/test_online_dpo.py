@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs import numbers, run, start, stop_at
+from runs import numbers, run, sampled_settings, start, stop_at
 
 from dpojax.algorithms.online import varies
 from dpojax.algorithms.online_dpo import labelled_pairs, pairs_of_prompt
@@ -54,14 +54,7 @@ def test_only_prompts_whose_rewards_differ_have_something_to_teach():
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(files, tmp_path):
-    settings = {
-        "stages": "sft,online_dpo",
-        "sft.num_steps": 3,
-        "num_steps": 4,
-        "sample.max_new_tokens": 8,
-        "online_dpo.num_samples": 3,
-        "sample.reward": "dpojax.data.world:true_reward",
-    }
+    settings = sampled_settings("online_dpo", "soft")
     run(files, tmp_path / "whole", **settings)
     stop_at(start(files, tmp_path / "stopped", **settings), "Online DPO 2/")
     run(files, tmp_path / "stopped", **settings)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from runs import checksums, numbers, run, start, stop_at
+from runs import checksums, numbers, run, sampled_settings, start, stop_at
 
 from dpojax.data.rollouts import own_pairs
 from dpojax.data.token_groups import TokenGroup
@@ -352,20 +352,14 @@ def test_epochs_reuse_the_samples_and_a_step_counts_once(model, params, ref_para
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-SETTINGS = {
-    "stages": "sft,policy_gradient",
-    "sft.num_steps": 3,
-    "num_steps": 4,
-    "sample.max_new_tokens": 8,
-    "policy_gradient.num_samples": 2,
-    "sample.reward": "dpojax.data.world:true_reward",
-}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["rloo", "ppo"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(p, marks=[pytest.mark.exhaustive] * (p not in ("rloo", "ppo"))) for p in PRESETS],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(files, tmp_path, preset):
-    settings = SETTINGS | {"policy_gradient.preset": preset}
+    settings = sampled_settings(preset)
     whole = tmp_path / "whole"
     run(files, whole, **settings)
     stopped = tmp_path / "stopped"
@@ -377,7 +371,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(files, tmp_path, preset):
 
 @pytest.mark.slow
 def test_adapters_are_trained_and_their_base_is_the_reference(files, tmp_path):
-    settings = SETTINGS | {"lora.rank": 2, "sample.num_prompts": 4, "sample.kl_prompts": 0}
+    own = {"lora.rank": 2, "sample.num_prompts": 4, "sample.kl_prompts": 0}
+    settings = sampled_settings("rloo") | own
     run(files, tmp_path, **settings)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["num_steps"] == 4 and {"win_rate", "win_rate_low", "kl"} <= set(summary)

@@ -35,6 +35,39 @@ SMALL = {
 }
 
 
+def small_world(folder: pathlib.Path) -> pathlib.Path:
+    """Writes preferences as JSONL, and a tokenizer, of a small world; returns the folder."""
+    from dpojax.data import world  # imports jax, whose flags conftest sets
+
+    made = world.make_world(7, num_posts=2000, num_pairs=64, num_eval=16)
+    for name, records in (("train", made.train), ("eval", made.eval)):
+        lines = [json.dumps(records.get(i)) + "\n" for i in range(records.size)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    made.tokenizer.save(folder)
+    return folder
+
+
+def sampled_settings(preset: str, labels: str = "") -> dict[str, Any]:
+    """Of a short run of a stage that trains on its own samples.
+
+    Args:
+      preset: of policy_gradient, or "online_dpo".
+      labels: of online_dpo.
+    """
+    stage = {"policy_gradient.preset": preset, "policy_gradient.num_samples": 2}
+    if preset == "online_dpo":
+        stage = {"online_dpo.labels": labels, "online_dpo.num_samples": 3}
+    name = next(iter(stage)).partition(".")[0]
+    return {
+        "stages": f"sft,{name}",
+        "sft.num_steps": 3,
+        "num_steps": 4,
+        "sample.max_new_tokens": 8,
+        "sample.reward": "dpojax.data.world:true_reward",
+        **stage,
+    }
+
+
 def command(files, workdir, **changes):
     own = {"data.train": "train.jsonl", "data.eval": "eval.jsonl", "tokenizer": "tokenizer.model"}
     settings = (
