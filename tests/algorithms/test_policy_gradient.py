@@ -196,12 +196,16 @@ def test_a_step_is_the_loss_on_arrays_of_plain_sequences(model, params, ref_para
     assert scalars["val/ratio"] == 1.0 and scalars["policy/approx_kl"] == 0.0
 
 
-FAST = ("rloo", "grpo")
+def marks_of(name):
+    """Presets that share their code with a faster one are left to the exhaustive run."""
+    if name in ("rloo", "grpo"):
+        return []
+    return [pytest.mark.slow] + [pytest.mark.exhaustive] * (name != "ppo")
 
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in PRESETS],
+    [pytest.param(name, marks=marks_of(name)) for name in PRESETS],
 )
 def test_statistics_are_of_the_step_whatever_its_shards_micro_batches_and_order(
     model, params, ref_params, preset

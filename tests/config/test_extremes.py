@@ -48,11 +48,28 @@ FEW = {
 }
 # What a section's settings act on is in the run of its own settings alone: programs take most of
 # the time.
+SAMPLED = {"sample.reward": f"{ROOT / 'tests/support/length_reward.py'}:reward"}
 WITH = {
     "sft.": {"sft.num_steps": "1"},
     "sample.": {"sample.num_prompts": "2", "sample.kl_prompts": "1"},
     "lora.": {"lora.rank": "2"},
+    "reward.": {"stages": "policy_gradient", "policy_gradient.num_samples": "2", **SAMPLED},
+    "policy_gradient.": {
+        "stages": "policy_gradient",
+        "policy_gradient.num_samples": "2",
+        "policy_gradient.preset": "ppo",
+        **SAMPLED,
+    },
+    "online_dpo.": {"stages": "online_dpo", "online_dpo.num_samples": "2", **SAMPLED},
+    "reward_model.": {"stages": "reward_model", "reward_model.num_steps": "2"},
 }
+# Runs of other stages than the default's cost most; one setting of each is in CI.
+IN_CI = (
+    "policy_gradient.horizon",
+    "online_dpo.temperature",
+    "reward_model.centring",
+    "reward.beta",
+)
 # Of what the machine holds, and of hours: their largest values are another test's, or none's.
 TOO_LARGE = {
     "model.max_positions",
@@ -113,9 +130,17 @@ def pairs(tmp_path_factory):
     return model_folders.write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
+def cases():
+    """Every number with its type."""
+    for name, kind in numbers():
+        of_stage = name.startswith(("policy_gradient.", "online_dpo.", "reward_model.", "reward."))
+        marks = [pytest.mark.exhaustive] * (of_stage and name not in IN_CI)
+        yield pytest.param(name, kind, marks=marks)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["smallest", pytest.param("largest", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("name", "kind"), numbers())
+@pytest.mark.parametrize(("name", "kind"), list(cases()))
 def test_an_extreme_value_trains_or_is_refused_with_a_sentence(
     files, pairs, tmp_path, name, kind, end
 ):
