@@ -122,3 +122,38 @@ def test_an_installation_finds_the_configs_by_name(tmp_path):
     package, shape = done.stdout.split()
     assert pathlib.Path(package).is_relative_to(site) and pathlib.Path(shape).is_relative_to(site)
     assert json.loads(pathlib.Path(shape).read_text())["hidden_size"] == 4096
+
+
+# Samples and prompts of a step, beta, where the KL goes, rate, clips, tokens of a response: the
+# papers' tables and the authors' scripts.
+ONLINE = {
+    "instructgpt": (1, 64, 0.02, "reward", 5e-6, (0.2, 0.2), 1024),
+    "deepseekmath": (64, 16, 0.04, "loss_k3", 1e-6, (0.2, 0.2), 1024),
+    "dapo": (16, 32, 0.0, "reward", 1e-6, (0.2, 0.28), 20480),
+    "tulu31": (16, 48, 0.01, "loss_k3", 5e-7, (0.2, 0.2), 2048),
+    "olmo3": (8, 64, 0.0, "reward", 1e-6, (0.2, 0.272), 32768),
+}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_recipes_of_policy_gradients_are_the_published_settings(name):
+    values = load_config_file(f"recipes:{name}")
+    values.data.train = "prompts.jsonl"
+    values.model.init = "model"
+    config = from_config_dict(values)
+    section = config.policy_gradient
+    loss = section.loss(config.sample.max_new_tokens).settings
+    found = (section.num_samples, config.batch_size, loss.beta, loss.kl)
+    found = (*found, config.optim.learning_rate, (loss.clip_low, loss.clip_high))
+    assert (*found, config.sample.max_new_tokens) == ONLINE[name]
+    assert config.optim.schedule == "constant"
+
+
+def test_the_recipe_of_online_dpo_compares_two_samples_by_their_larger_reward():
+    values = load_config_file("recipes:oaif")
+    values.data.train = "prompts.jsonl"
+    values.model.init = "model"
+    config = from_config_dict(values)
+    section = config.online_dpo
+    assert (section.num_samples, section.labels, section.temperature) == (2, "argmax", 0.9)
+    assert (config.loss.beta, config.batch_size, config.optim.name) == (0.1, 128, "adafactor")

@@ -360,7 +360,7 @@ def trainer_step(
 
 
 def train_transformer(case: Case, *, steps: int = 400, rate: float = 3e-3) -> tuple[float, float]:
-    """Total variation to pi* before and after the trainer's own steps: the larger of the prompts."""
+    """Total variation to pi* before and after the trainer's own steps, the worst prompt's."""
     logps = _space_logps()
     step, state = trainer_step(case, optax.adam(optax.cosine_decay_schedule(rate, steps)))
     compiled = jax.jit(step)
