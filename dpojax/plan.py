@@ -83,14 +83,14 @@ def _show_roofline(plan: Plan, config: Config) -> None:
             continue
         say(f"  {name:14s} {seconds:8.3f} s    {_bar(seconds / times.seconds)}")
     say(
-        f"  {config.batch_size:,} pairs, {work.tokens:,.0f} tokens a step; useful"
+        f"  {config.batch_size:,} {plan.unit}, {work.tokens:,.0f} tokens a step; useful"
         f" {work.useful / 1e15:.2f} PFLOP = {plan.useful_mfu:.1%} of the peak (MFU);"
-        f" {config.batch_size / times.seconds:,.1f} pairs/s"
+        f" {config.batch_size / times.seconds:,.1f} {plan.unit}/s"
     )
     say(
         f"\npacking {work.packing:.3f}, rounding to whole micro-batches {work.rounding:.3f} of the"
         f" ideal tokens, {work.micro:.1f} micro-batches; rounding is under 10 % from about"
-        f" {work.smallest_batch:,} pairs a step"
+        f" {work.smallest_batch:,} {plan.unit} a step"
     )
 
 

@@ -7,11 +7,13 @@ import pathlib
 import shutil
 import tempfile
 
-# Most of a test's time is compiling, and LLVM's optimizations are most of that. Runs in processes
-# of their own (support/runs.py) compile as a user's do.
+import runs  # imports no jax
+
+# LLVM's optimizations are left out here; runs in processes of their own have them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + runs.QUICK_COMPILING
 )
 # Tests of accelerators take their device and compare with the CPU of the same process.
 PLATFORM = os.environ.get("DPOJAX_TEST_PLATFORM", "cpu")
@@ -38,7 +40,6 @@ SHAPED = (
 jaxtyping.install_import_hook([f"dpojax.{m}" for m in SHAPED], "beartype.beartype")
 
 import messages
-import runs
 from shared_data import DATA
 
 from dpojax import errors

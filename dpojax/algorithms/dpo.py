@@ -7,7 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 from dpojax.algorithms.face import Algorithm, Inputs, MakeState, OpenStage, PlannedStep, Start
-from dpojax.algorithms.opening import Opened, open_preferences
+from dpojax.algorithms.opening import Opened, open_preferences, planned_trees
 from dpojax.algorithms.preference import preference_gradients
 from dpojax.algorithms.simple import (
     adapter_meta,
@@ -24,7 +24,7 @@ from dpojax.data.shapes import Lengths
 from dpojax.errors import CheckpointError
 from dpojax.evaluation.heldout import HeldOutPairs
 from dpojax.evaluation.pair_findings import PANELS, pair_findings
-from dpojax.models.placed import Policy, adapted, fitted, frozen_layout
+from dpojax.models.placed import Policy, fitted, frozen_layout
 from dpojax.runtime.compiled import Program
 from dpojax.runtime.context import Job
 from dpojax.training.checkpoint import Checkpoints
@@ -285,26 +285,23 @@ def plan_dpo(job: Job, policy: Policy, lengths: Lengths) -> PlannedStep:
     shape = batch_shape(job, policy, [lengths], c.batch_size)
     policy = fitted(job, policy, shape)
     mode = resolved_mode(c)
-    frozen: dict[str, tuple[Any, Any]] = {}
-    shared: dict[str, str] = {}
-    trained = policy
-    if c.lora.rank:
-        frozen["base"] = frozen_layout(job, policy, c.lora.base_dtype, {})
-        trained = adapted(job, policy)
+    reference = ""
     if mode == "adapter":
-        shared["reference"] = "base"
+        reference = "base"
     elif mode == "live" and c.loss.objective.moving is None:
-        r = c.reference
-        frozen["reference"] = frozen_layout(job, policy, r.dtype, r.rules, r.memory)
-    step = preference_step(job, trained)
+        reference = "own"
+    trees = planned_trees(job, policy, reference=reference)
+    step = preference_step(job, trees.trained)
     return PlannedStep(
         program=step.program,
         layout=step.layout,
-        frozen=frozen,
-        shared=shared,
+        frozen=trees.frozen,
+        shared=trees.shared,
         with_ref=mode == "cached",
         passes=useful_passes(c),
         shape=shape,
+        lengths=lengths,
+        scorings=int(mode in ("live", "adapter")),
     )
 
 

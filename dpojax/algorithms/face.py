@@ -68,6 +68,11 @@ class PlannedStep(NamedTuple):
     with_ref: bool  # whether batches carry the reference's log-probs
     passes: int  # useful forward passes' worth of work: see training.rows.step_flops
     shape: PackShape
+    lengths: Lengths  # of the groups that are trained on
+    scorings: int  # forward passes of a step without a gradient
+    updates: int = 1  # from a step's groups
+    has_value_net: bool = False  # beside the policy, of about its size
+    unit: str = "pairs"  # that a step has batch_size of
 
 
 class Algorithm(NamedTuple):

@@ -12,14 +12,23 @@ from typing import Any
 import numpy as np
 
 from dpojax.algorithms.dpo import objective_print, preference_step, saved_rate, schedule_of
-from dpojax.algorithms.face import Algorithm, Inputs, OpenStage, Start
+from dpojax.algorithms.face import Algorithm, Inputs, OpenStage, PlannedStep, Start
 from dpojax.algorithms.online import OnlineBatches, Pairing
 from dpojax.algorithms.policy_gradient import is_wanted
 from dpojax.algorithms.rewards import open_rewards
-from dpojax.algorithms.sampled import SampledPolicy, open_sampled, sampled_findings
+from dpojax.algorithms.sampled import (
+    SampledPolicy,
+    open_sampled,
+    plan_trees,
+    planned_shape,
+    sampled_findings,
+    sampled_lengths,
+)
 from dpojax.algorithms.simple import stage_fingerprints, stage_meta
+from dpojax.data.shapes import Lengths
 from dpojax.data.token_groups import TokenPair
 from dpojax.errors import ConfigError
+from dpojax.models.placed import Policy, fitted
 from dpojax.runtime.context import Job
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.findings import Findings, Line, Panel
@@ -194,6 +203,30 @@ def findings_of(job: Job, inputs: Inputs, opened: SampledPolicy, state: TrainSta
     )
 
 
+def plan_online_dpo(job: Job, policy: Policy, lengths: Lengths) -> PlannedStep:
+    """The stage's step from shapes alone, for samples as long as the responses of the data."""
+    c = job.config
+    samples = c.online_dpo.num_samples
+    pairs = pairs_of_prompt(samples, c.online_dpo.pairs)
+    shape = planned_shape(job, lengths, num_samples=samples, num_pairs=pairs)
+    policy = fitted(job, policy, shape)
+    with_reference = c.loss.objective.uses_reference
+    trees = plan_trees(job, policy, with_reference=with_reference)
+    step = preference_step(job, trees.trained)
+    return PlannedStep(
+        program=step.program,
+        layout=step.layout,
+        frozen=trees.frozen,
+        shared=trees.shared,
+        with_ref=False,
+        passes=(2 if c.lora.rank else 3) + with_reference,
+        shape=shape,
+        lengths=sampled_lengths(lengths, c, num_samples=samples),
+        scorings=int(with_reference),
+        unit="prompts",
+    )
+
+
 ALGORITHM = Algorithm(
     name=NAME,
     prefix=PREFIX,
@@ -203,4 +236,5 @@ ALGORITHM = Algorithm(
     check=lambda job, inputs: None,  # its open stage compares, before anything is written
     open=open_online_dpo,
     panels=PANELS,
+    plan=plan_online_dpo,
 )

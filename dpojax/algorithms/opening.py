@@ -15,7 +15,14 @@ from dpojax.data.packing import PackShape
 from dpojax.evaluation.samples import Sampling
 from dpojax.models.config import ModelConfig
 from dpojax.models.params import num_params
-from dpojax.models.placed import Policy, adapted, build_model, fitted, kernel_name
+from dpojax.models.placed import (
+    Policy,
+    adapted,
+    build_model,
+    fitted,
+    frozen_layout,
+    kernel_name,
+)
 from dpojax.runtime.context import Job
 from dpojax.runtime.log import duration
 from dpojax.training import selfcheck
@@ -124,6 +131,36 @@ def start_adapters(job: Job, policy: Policy, params: Any) -> tuple[Policy, Any]:
         f" {section.rank} on {section.targets!r}"
     )
     return trained, adapters
+
+
+class PlannedTrees(NamedTuple):
+    """What a policy is trained beside, as shapes alone."""
+
+    trained: Policy  # the policy itself, or its adapters
+    frozen: dict[str, tuple[Any, Any]]  # (ShapeDtypeStructs, shardings) by role
+    shared: dict[str, str]  # roles that are the same tree as another one
+
+
+def planned_trees(job: Job, policy: Policy, *, reference: str) -> PlannedTrees:
+    """The trees of a stage, as a run places them.
+
+    Args:
+      policy: fitted to the rows.
+      reference: "own": a tree of its own; "base": that of the adapters; "": none is held.
+    """
+    c = job.config
+    frozen: dict[str, tuple[Any, Any]] = {}
+    shared: dict[str, str] = {}
+    trained = policy
+    if c.lora.rank:
+        frozen["base"] = frozen_layout(job, policy, c.lora.base_dtype, {})
+        trained = adapted(job, policy)
+    if reference == "base":
+        shared["reference"] = "base"
+    elif reference == "own":
+        r = c.reference
+        frozen["reference"] = frozen_layout(job, policy, r.dtype, r.rules, r.memory)
+    return PlannedTrees(trained, frozen, shared)
 
 
 def open_sampler(job: Job, inputs: Inputs) -> Sampling | None:

@@ -9,26 +9,35 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dpojax.algorithms.dpo import saved_rate, schedule_of
-from dpojax.algorithms.face import Algorithm, Inputs, MakeState, OpenStage, Start
+from dpojax.algorithms.face import Algorithm, Inputs, MakeState, OpenStage, PlannedStep, Start
 from dpojax.algorithms.online import OnlineBatches
 from dpojax.algorithms.reward_model import reward_config, with_scalar_head
 from dpojax.algorithms.rewards import open_rewards
-from dpojax.algorithms.sampled import SampledPolicy, open_sampled, sampled_findings
+from dpojax.algorithms.sampled import (
+    SampledPolicy,
+    open_sampled,
+    plan_trees,
+    planned_shape,
+    sampled_findings,
+    sampled_lengths,
+)
 from dpojax.algorithms.simple import constrain_to, spikes, stage_fingerprints, stage_meta
 from dpojax.config.schema import Config
 from dpojax.data.open import Data
 from dpojax.data.packing import PackShape
+from dpojax.data.shapes import Lengths
 from dpojax.errors import ConfigError
 from dpojax.evaluation.pass_rate import pass_rate_hooks, pass_rate_panel
 from dpojax.models.placed import Policy, describe, fitted
 from dpojax.objectives.policy_loss import PolicyLoss
+from dpojax.runtime.compiled import Program
 from dpojax.runtime.context import Job
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.checksums import checksums, digest
@@ -127,11 +136,60 @@ def state_of(optimizers: dict[str, optax.GradientTransformation], beta: float | 
     return make_state
 
 
+class GradientStep(NamedTuple):
+    """The step of the stage, ready to be compiled."""
+
+    program: Program
+    make_state: MakeState
+    layout: Layout
+    loss: PolicyLoss
+
+
+def gradient_step(job: Job, policy: Policy, policies: dict[str, Policy]) -> GradientStep:
+    """The step, whole: scores of the samples, advantages, one or more updates.
+
+    Args:
+      policy: all of it, fitted to the rows.
+      policies: what is trained, by role; VALUE among them for ppo.
+    """
+    c = job.config
+    section = c.policy_gradient
+    loss = section.loss(c.sample.max_new_tokens)
+    critic = None
+    if VALUE in policies:
+        critic = Critic(
+            model=policies[VALUE].model,
+            clip=section.value_clip,
+            gamma=section.gamma,
+            lam=section.lam,
+            target_kl=section.target_kl,
+            horizon=section.horizon,
+        )
+    gradients = PolicyGradients(
+        model=policy.model,
+        loss=loss,
+        critic=critic,
+        width=c.sample.max_new_tokens,
+        chunk=c.model.logps_chunk_tokens,
+        overlong_tokens=section.overlong_tokens,
+    )
+    optimizers = optimizers_of(c, policies, loss.settings.epochs)
+    make_state = state_of(optimizers, loss.settings.beta if section.target_kl else None)
+    layout = state_layout(job, make_state, policies, {})
+    step = make_policy_step(gradients, optimizers, constrain_to(policies), spikes=spikes(c))
+    program = job.program(
+        f"{NAME}_step",
+        step,
+        donate_argnums=0,
+        out_shardings=(layout.shardings, job.replicated),
+    )
+    return GradientStep(program, make_state, layout, loss)
+
+
 def open_policy_gradient(job: Job, inputs: Inputs, start: Start) -> OpenStage:
     """The stage, from what the stages before it left."""
     c = job.config
     section = c.policy_gradient
-    loss = section.loss(c.sample.max_new_tokens)
     batches = OnlineBatches(
         job,
         inputs,
@@ -143,43 +201,23 @@ def open_policy_gradient(job: Job, inputs: Inputs, start: Start) -> OpenStage:
     batches.full = opened.full
     policies = {POLICY: opened.trained}
     params = {POLICY: opened.params}
-    critic = None
     if section.preset == "ppo":
         policies[VALUE], params[VALUE] = open_value_net(job, inputs, start, batches.shape)
-        critic = Critic(
-            model=policies[VALUE].model,
-            clip=section.value_clip,
-            gamma=section.gamma,
-            lam=section.lam,
-            target_kl=section.target_kl,
-            horizon=section.horizon,
-        )
-    gradients = PolicyGradients(
-        model=opened.trained.model,
-        loss=loss,
-        critic=critic,
-        width=c.sample.max_new_tokens,
-        chunk=c.model.logps_chunk_tokens,
-        overlong_tokens=section.overlong_tokens,
-    )
-    optimizers = optimizers_of(c, policies, loss.settings.epochs)
-    make_state = state_of(optimizers, loss.settings.beta if section.target_kl else None)
-    layout = state_layout(job, make_state, policies, {})
-    step = make_policy_step(gradients, optimizers, constrain_to(policies), spikes=spikes(c))
+    step = gradient_step(job, opened.policy, policies)
     init = {POLICY: opened.init}
-    if critic is not None:
+    if VALUE in params:
         init[VALUE] = digest(checksums(params[VALUE]))
-    stage = gradient_stage(job, inputs, opened, batches, layout, step, init)
+    stage = gradient_stage(job, inputs, opened, batches, step.program, init)
     opened = opened._replace(params=None)  # the state takes their memory
     return OpenStage(
         stage=stage,
         policy=opened.trained,
-        make_state=make_state,
-        layout=layout,
+        make_state=step.make_state,
+        layout=step.layout,
         params=params,
         memory={},
         full=opened.full,
-        findings=functools.partial(findings_of, job, inputs, opened, loss),
+        findings=functools.partial(findings_of, job, inputs, opened, step.loss),
     )
 
 
@@ -190,13 +228,25 @@ def needs_reference(config: Config) -> bool:
     return held or config.sample.num_prompts > 0
 
 
+def scorings_of(config: Config) -> int:
+    """Forward passes of a step without a gradient: by the old policy, and by the reference."""
+    return 1 + needs_reference(config)
+
+
+def useful_passes(config: Config) -> int:
+    """Useful forward passes' worth of work of a step: see `training.rows.step_flops`."""
+    trained = 2 if config.lora.rank else 3
+    updates = config.policy_gradient.loss(config.sample.max_new_tokens).settings.epochs
+    nets = 1 + (config.policy_gradient.preset == "ppo")
+    return nets * trained * updates + scorings_of(config) + nets - 1
+
+
 def gradient_stage(
     job: Job,
     inputs: Inputs,
     opened: SampledPolicy,
     batches: OnlineBatches,
-    layout: Layout,
-    step: Callable[..., Any],
+    program: Program,
     init: Mapping[str, str],
 ) -> Stage:
     """What the loop is given.
@@ -214,19 +264,12 @@ def gradient_stage(
         policy_gradient=dataclasses.asdict(section),
         init=init,
     )
-    epochs = section.loss(c.sample.max_new_tokens).settings.epochs
-    scoring = 2 if opened.frozen["reference"] is not None else 1
     return Stage(
         name="Policy gradient",
         prefix=PREFIX,
         num_steps=c.num_steps,
         steps_setting="num_steps",
-        program=job.program(
-            f"{NAME}_step",
-            step,
-            donate_argnums=0,
-            out_shardings=(layout.shardings, job.replicated),
-        ),
+        program=program,
         batches=batches,
         frozen=opened.frozen,
         schedule=schedule_of(c),
@@ -236,7 +279,7 @@ def gradient_stage(
         records=data.train.records,
         groups=inputs.groups,
         epoch_groups=len(data.train_index.rows),
-        flops=step_flops(opened.trained.config, 3 * epochs + scoring),
+        flops=step_flops(opened.trained.config, useful_passes(c)),
         unit="responses",
         guard=Guard(),
         hooks=list(
@@ -275,6 +318,33 @@ def findings_of(
     )
 
 
+def plan_policy_gradient(job: Job, policy: Policy, lengths: Lengths) -> PlannedStep:
+    """The stage's step from shapes alone, for samples as long as the responses of the data."""
+    c = job.config
+    samples = c.policy_gradient.num_samples
+    shape = planned_shape(job, lengths, num_samples=samples, num_pairs=samples)
+    policy = fitted(job, policy, shape)
+    trees = plan_trees(job, policy, with_reference=needs_reference(c))
+    policies = {POLICY: trees.trained}
+    if c.policy_gradient.preset == "ppo":
+        policies[VALUE] = fitted(job, describe(job, reward_config(policy.config)), shape)
+    step = gradient_step(job, policy, policies)
+    return PlannedStep(
+        program=step.program,
+        layout=step.layout,
+        frozen=trees.frozen,
+        shared=trees.shared,
+        with_ref=False,
+        passes=useful_passes(c),
+        shape=shape,
+        lengths=sampled_lengths(lengths, c, num_samples=samples),
+        scorings=scorings_of(c),
+        updates=step.loss.settings.epochs,
+        has_value_net=VALUE in policies,
+        unit="prompts",
+    )
+
+
 def is_wanted(config: Config, data: Data) -> bool:
     """Whether there are prompts and steps for them."""
     return data.has_prompts and config.num_steps != 0
@@ -289,4 +359,5 @@ ALGORITHM = Algorithm(
     check=lambda job, inputs: None,  # its open stage compares, before anything is written
     open=open_policy_gradient,
     panels=PANELS,
+    plan=plan_policy_gradient,
 )

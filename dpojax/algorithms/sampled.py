@@ -4,13 +4,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dpojax.algorithms.face import Inputs, Start
-from dpojax.algorithms.opening import open_sampler, start_adapters
+from dpojax.algorithms.opening import PlannedTrees, open_sampler, planned_trees, start_adapters
+from dpojax.config.schema import Config
 from dpojax.data.packing import PackShape
+from dpojax.data.rollouts import rollout_shape
+from dpojax.data.shapes import Lengths
 from dpojax.evaluation.samples import Sampling
 from dpojax.models.placed import Policy, fitted
 from dpojax.runtime.context import Job
+from dpojax.runtime.mesh import num_shards
 from dpojax.training.checksums import checksums, digest
 from dpojax.training.findings import Findings
 from dpojax.training.gradients import full_params
@@ -99,3 +104,42 @@ def sampled_findings(
         samples=samples,
         policy_params=lambda: opened.full(state.policy),
     )
+
+
+# --- for devices that are not here ----------------------------------------------------------------
+
+
+def sampled_lengths(lengths: Lengths, config: Config, *, num_samples: int) -> Lengths:
+    """The same prompts with as many samples, as long as the responses of the data.
+
+    The longest prompt with the longest samples is among them.
+    """
+    rng = np.random.default_rng(1)
+    most = config.sample.max_new_tokens
+    known = np.concatenate([np.asarray(ys) for ys in lengths.responses]).clip(1, most)
+    drawn = rng.choice(known, (len(lengths.prompts), num_samples))
+    drawn[np.argmax(lengths.prompts)] = most
+    return Lengths(lengths.prompts, drawn.tolist())
+
+
+def planned_shape(job: Job, lengths: Lengths, *, num_samples: int, num_pairs: int) -> PackShape:
+    """The rows of a step of batch_size prompts, whatever is sampled."""
+    c = job.config
+    return rollout_shape(
+        prompt_tokens=int(max(lengths.prompts)),
+        response_tokens=c.sample.max_new_tokens,
+        num_prompts=c.batch_size,
+        num_samples=num_samples,
+        num_pairs=num_pairs,
+        num_shards=num_shards(job.mesh),
+        micro_batch_tokens=c.data.micro_batch_tokens,
+    )
+
+
+def plan_trees(job: Job, policy: Policy, *, with_reference: bool) -> PlannedTrees:
+    """The trees that `open_sampled` opens, as shapes alone."""
+    reference = ""
+    if with_reference:
+        shares_base = job.config.lora.rank and not job.config.reference.init
+        reference = "base" if shares_base else "own"
+    return planned_trees(job, policy, reference=reference)

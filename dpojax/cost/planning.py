@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     roofline: Roofline
     useful_mfu: float  # at the roofline
     layout: str
+    unit: str  # that a step has batch_size of: pairs, or prompts
 
 
 def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = "") -> Plan:
@@ -80,6 +81,7 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
         roofline=times,
         useful_mfu=work.useful / (len(topology.devices) * topology.chip.peak * times.seconds),
         layout=describe_rows(program.shape),
+        unit=program.step.unit,
     )
     if peak > topology.chip.hbm:
         raise FitError(
@@ -113,5 +115,5 @@ def _not_fitting(error: Exception, program: Prepared, topology: Topology) -> Exc
     available = float(used.group(3)) * scale[used.group(4)]
     return FitError(
         f"{topology.name}: a device needs {needed:.2f} GiB and has {available:.2f} GiB"
-        f" ({inputs:.2f} GiB of it parameters, optimizer, reference and batch); {ADVICE}"
+        f" ({inputs:.2f} GiB of it parameters, optimizer, frozen trees and batch); {ADVICE}"
     )

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpojax.config.schema import resolved_mode
 from dpojax.cost.step_work import RECOMPUTED, Prepared, StepWork
 from dpojax.cost.traffic import BETWEEN, Traffic
 from dpojax.data.packing import PackShape
@@ -43,7 +42,8 @@ def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip
 
     Compute: every token of every computed row through the layers (with what remat computes again),
       attention as its kernel computes it, and the vocabulary five times (forward, again in the
-      backward pass, twice for gradients, and the reference).
+      backward pass, twice for gradients, and once for each scoring: by the reference, by the
+      policy that drew the samples).
     HBM: weights once a pass, inputs and outputs of every matrix product, logits in float32,
       gradients and the optimizer.
     Interconnect: the collectives of the compiled program over all links of a chip. Between slices:
@@ -52,27 +52,29 @@ def roofline(program: Prepared, work: StepWork, traffic: Sequence[Traffic], chip
     config = program.config
     model = program.model
     shape = program.shape
-    has_reference = resolved_mode(config) in ("live", "adapter")
+    step = program.step
     backward = 2.0  # gradients of inputs and of weights
     if config.lora.rank:
         backward = 1.0  # the frozen base takes no gradients of weights
-    passes = 1 + RECOMPUTED[config.model.remat] + backward + has_reference
-    head_passes = 2 + backward + has_reference
+    passes = step.updates * (1 + RECOMPUTED[config.model.remat] + backward) + step.scorings
+    head_passes = step.updates * (2 + backward) + step.scorings
     # Devices that share a row's work.
     split = program.mesh.shape["tensor"] * program.mesh.shape["sequence"]
     tokens = shape.shard_rows * shape.row_tokens
 
     work_of_layer = layer_work(model)
     # Kernels compute attention's scores again in the backward pass, which takes 2.5 forward passes.
-    attention_passes = 1 + config.model.remat.startswith("full") + 2.5 + has_reference
+    with_gradient = 1 + config.model.remat.startswith("full") + 2.5
+    attention_passes = step.updates * with_gradient + step.scorings
     attention = shape.shard_rows * _pairs_of_row(shape) * work_of_layer.pair * attention_passes
-    layers = model.num_layers * (tokens * work_of_layer.token * passes + attention)
+    nets = 1 + step.has_value_net  # a value net has layers of its own, and no vocabulary
+    layers = nets * model.num_layers * (tokens * work_of_layer.token * passes + attention)
     head = 2.0 * model.hidden_size * model.vocab_size * work.scored * head_passes
     compute = work.micro * (layers + head) / split / chip.peak
 
-    weights = 2.0 * num_params(model) / split * passes
+    weights = nets * 2.0 * num_params(model) / split * passes
     width = sum(inputs + outputs for inputs, outputs in map_sizes(model))
-    activations = 2.0 * tokens * model.num_layers * width * passes / split
+    activations = nets * 2.0 * tokens * model.num_layers * width * passes / split
     logits = 4.0 * work.scored * model.vocab_size * 2 * head_passes / split
     trained = program.memory["parameters"]
     of_micro_batches = work.micro * (weights * 2 + activations + logits + 3 * trained)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dpojax.algorithms.face import PlannedStep
 from dpojax.algorithms.table import stage_algorithms
 from dpojax.config.schema import Config, with_limits, with_steps
 from dpojax.cost.devices import Topology
@@ -26,6 +27,7 @@ from dpojax.runtime.log import MetricsLog
 from dpojax.runtime.mesh import config_mesh
 from dpojax.training.flops import forward_flops, layer_work
 from dpojax.training.resume import Layout
+from dpojax.training.state import POLICY
 from dpojax.weights.open import ignored_fields, open_weights, read_shape
 
 
@@ -67,7 +69,7 @@ class Prepared(NamedTuple):
     lower: Callable[[], Any]  # compiles it
     memory: dict[str, float]  # bytes on a device of the step's inputs, by category
     host: float  # bytes of its inputs in the host's memory, for each device
-    passes: int  # useful work, in forward passes
+    step: PlannedStep
 
 
 def device_bytes(abstract: Any, shardings: Any, kind: str = "device") -> float:
@@ -124,12 +126,12 @@ def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
         config=config,
         model=model,
         shape=step.shape,
-        lengths=drawn,
+        lengths=step.lengths,
         mesh=mesh,
         lower=lambda: step.program.compile(*arguments),
         memory=memory,
         host=host,
-        passes=step.passes,
+        step=step,
     )
 
 
@@ -142,9 +144,13 @@ def _state_memory(layout: Layout) -> dict[str, float]:
     abstract = layout.abstract
     shardings = layout.shardings
     memory = {
-        "parameters": device_bytes(abstract.params, shardings.params),
+        "parameters": device_bytes(abstract.params[POLICY], shardings.params[POLICY]),
         "optimizer": device_bytes(abstract.opt_state, shardings.opt_state),
     }
+    for role in abstract.params:
+        if role != POLICY:
+            net = device_bytes(abstract.params[role], shardings.params[role])
+            memory[f"{role} net"] = net
     if "reference" in abstract.memory:
         memory["reference"] = device_bytes(
             abstract.memory["reference"], shardings.memory["reference"]
@@ -230,7 +236,7 @@ def step_work(program: Prepared) -> StepWork:
     return StepWork(
         micro=micro,
         scored=scored,
-        useful=program.passes * forward,
+        useful=program.step.passes * forward,
         packing=mean_used * shape.row_tokens / tokens,
         rounding=micro * rows_of_micro / mean_used,
         tokens=tokens,

@@ -140,7 +140,8 @@ def expected_gradient(case: Case, table: np.ndarray) -> np.ndarray:
         return _ppo_gradient(case, table)
     places = np.array(list(itertools.product(range(len(SPACE.tokens)), repeat=2)))
     mask = jnp.asarray(SPACE.mask)
-    loss = _online_loss(case) if case.labels else make_policy_loss(case.preset, **case.settings)
+    of_pairs = _online_loss(case) if case.labels else None
+    loss = None if case.labels else make_policy_loss(case.preset, **case.settings)
 
     def mean(x):
         logps = exact_tokens.token_logps(SPACE, x)
@@ -149,8 +150,9 @@ def expected_gradient(case: Case, table: np.ndarray) -> np.ndarray:
         refs = jnp.asarray(REF_LOGPS)
 
         def of_group(two):
-            if case.labels:
-                return loss(logps[two], refs[two], _labels(case, rewards[two]))
+            if of_pairs is not None:
+                return of_pairs(logps[two], refs[two], _labels(case, rewards[two]))
+            assert loss is not None
             group = jnp.zeros(2, jnp.int32)
             return loss(logps[two], logps[two], refs[two], rewards[two], mask[two], group).loss
 
@@ -251,7 +253,8 @@ def train_table(case: Case, *, steps: int = 300, samples: int = 4096) -> np.ndar
         return (optax.apply_updates(trees, updates), state), None
 
     def train(trees, keys):
-        return jax.lax.scan(step, (trees, optimizer.init(trees)), keys)[0][0][POLICY]
+        carry: Any = jax.lax.scan(step, (trees, optimizer.init(trees)), keys)[0]
+        return carry[0][POLICY]
 
     with jax.enable_x64(True):
         trees = {POLICY: jnp.asarray(REF_TABLE), VALUE: jnp.zeros(SPACE.num_states)}
