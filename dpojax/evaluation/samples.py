@@ -107,6 +107,7 @@ class Sampling:
 
     def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
         score = functools.partial(
+            score_batches,
             prompts=prompts,
             responses=responses,
             max_new_tokens=self.job.config.sample.max_new_tokens,
