@@ -25,6 +25,7 @@ from dpojax.generation.sampler import (
     whole_batch,
 )
 from dpojax.generation.scorer import make_scorer
+from dpojax.generation.scorer import make_scorer, score_batches
 from dpojax.models.placed import Policy, check_positions
 from dpojax.runtime.context import Job
 from dpojax.runtime.mesh import num_shards
