@@ -40,12 +40,11 @@ from dpojax.generation.sampler import (
     compile_sampler,
     draw,
     fetch_whole,
-    make_scorer,
     prompt_width,
     rows_put,
-    score_batches,
     whole_batch,
 )
+from dpojax.generation.scorer import make_scorer, score_batches
 from dpojax.models.placed import check_positions
 from dpojax.runtime.log import Progress
 from dpojax.runtime.mesh import num_shards
@@ -280,6 +279,7 @@ def _draw_responses(
         batch_size=size,
         put=rows_put(loaded.mesh),
         fetch=fetch_whole,
+        shards=num_shards(loaded.mesh),
         progress=progress,
         stopped=stopper(tokenizer, args.stop),
     )

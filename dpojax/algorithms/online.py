@@ -177,6 +177,7 @@ class OnlineBatches:
             batch_size=-(-self.num_prompts // shards) * shards,
             put=rows_put(self.job.mesh),
             fetch=fetch_whole,
+            shards=shards,
             progress=lambda count: None,
         )
         samples = self.settings.num_samples

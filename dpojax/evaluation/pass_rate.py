@@ -23,6 +23,7 @@ from dpojax.generation.sampler import (
 from dpojax.generation.verifiable import Verifier
 from dpojax.models.placed import Policy, check_positions
 from dpojax.runtime.context import Job
+from dpojax.runtime.mesh import num_shards
 from dpojax.training.findings import EVAL_COLOR, Line, Panel
 from dpojax.training.gradients import full_params
 from dpojax.training.stage import Hook
@@ -158,6 +159,7 @@ class PassRate(Hook):
             batch_size=whole_batch(job.config.sample.batch_size, len(self.prompts), job.mesh),
             put=rows_put(job.mesh),
             fetch=fetch_whole,
+            shards=num_shards(job.mesh),
             progress=lambda count: None,
         )
         ends = self.settings.eos_ids

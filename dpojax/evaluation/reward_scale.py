@@ -99,6 +99,7 @@ def sample_reference(
         batch_size=whole_batch(job.config.sample.batch_size, len(prompts), job.mesh),
         put=rows_put(job.mesh),
         fetch=fetch_whole,
+        shards=num_shards(job.mesh),
         progress=progress,
     )
     responses = [response.ids for response in drawn]

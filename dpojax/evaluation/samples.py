@@ -20,12 +20,12 @@ from dpojax.generation.sampler import (
     compile_sampler,
     draw,
     fetch_whole,
-    make_scorer,
     prompt_width,
     rows_put,
-    score_batches,
     whole_batch,
 )
+from dpojax.generation.scorer import make_scorer
+from dpojax.generation.scorer import make_scorer, score_batches
 from dpojax.models.placed import Policy, check_positions
 from dpojax.runtime.context import Job
 from dpojax.runtime.mesh import num_shards
@@ -44,6 +44,7 @@ class Sampling:
         self.eval_data = data.eval
         c = job.config.sample
         shards = num_shards(job.mesh)
+        self.shards = shards
         self.rows, self.prompts = distinct_prompts(data.eval, data.eval_index, c.num_prompts)
         batch_size = whole_batch(c.batch_size, len(self.rows), job.mesh)
         width = prompt_width(self.prompts)
@@ -98,7 +99,9 @@ class Sampling:
         options = dict(
             settings=self.own_settings, seed=self.job.config.seed, progress=lambda n: None
         )
-        drawn = draw(self.own_sampler, params, prompts, **options, **self.common)
+        drawn = draw(
+            self.own_sampler, params, prompts, **options, **self.common, shards=self.shards
+        )
         return statistics.mean_with_error(
             self._log_ratio(params, ref, prompts, [r.ids for r in drawn])
         )
@@ -140,9 +143,10 @@ class Sampling:
             progress = job.progress(f"sampling from the {name}", len(self.prompts), "prompts")
             tree = reference.like(tree, params)
             options = dict(settings=self.settings, seed=seed, progress=progress)
-            sampled[name] = [
-                r.ids for r in draw(self.sampler, tree, self.prompts, **options, **self.common)
-            ]
+            drawn = draw(
+                self.sampler, tree, self.prompts, **options, **self.common, shards=self.shards
+            )
+            sampled[name] = [response.ids for response in drawn]
             progress.close(f"{sum(map(len, sampled[name])):,} tokens")
         self._of_reference = (ref, sampled["reference"])
         texts = {

@@ -235,6 +235,7 @@ class OpenModel:
             batch_size=whole_batch(16, len(ids), self.loaded.mesh),
             put=rows_put(self.loaded.mesh),
             fetch=fetch_whole,
+            shards=num_shards(self.loaded.mesh),
             progress=lambda count: None,
         )
         texts = [tokenizer.decode(response.without_end(ends)) for response in responses]

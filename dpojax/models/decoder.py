@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PRNGKeyArray
 
-from dpojax.models.attention.blocks import NO_WINDOW, Kernel, Rows, attend, matmul_precision
+from dpojax.models import decoding
+from dpojax.models.attention.blocks import NO_WINDOW, Kernel, Rows, matmul_precision
 from dpojax.models.config import ModelConfig
+from dpojax.models.decoding import embed_tokens, final_norm, make_context
 from dpojax.models.experts import Routing
-from dpojax.models.layer import Block, Context, OnMesh, Params, Parts, normalise
+from dpojax.models.layer import Block, OnMesh, Params, Parts
 from dpojax.models.logits import head_params, make_unembed
 from dpojax.models.lora import LORA_A, LORA_B, Adapter
 from dpojax.models.params import layer_rows, logical_axes, model_rows
 from dpojax.models.quantise import in_compute
 from dpojax.models.remat import LAYER_INPUT, REMAT
-from dpojax.models.rope import rope_angles
 from dpojax.runtime.sharding import HeadSharding
 
 ONE_DEVICE = OnMesh()
@@ -47,9 +48,12 @@ class Model(NamedTuple):
     # (head, hidden [..., D]) -> float32 logits [..., V]; ValueError for a scalar head, whose
     # logits.read_scalar takes the same
     unembed: Callable[[Any, Array], Array]
-    # (params, tokens [R, L], valid [R, L]) -> (hidden [R, L, D], cache); padding on the left
+    # (params, tokens, positions, group), [R, L] each -> (hidden [R, L, D], (keys, values)), which
+    # are stacked, [N layers, R, L, K, E]
     prefill: Callable[..., tuple[Array, Any]]
-    # (params, token [R], position [R], index [], valid [R, S], cache) -> (hidden [R, D], cache)
+    # params -> the parameters as `decode` takes them (models/decoding.py)
+    serve: Callable[[Params], Params]
+    # (served, token [B], Seen, Cache) -> (hidden [B, D], Cache), of attention/cached.py
     decode: Callable[..., tuple[Array, Any]]
     axes: Params  # logical axes of every parameter, shaped like the parameters
     vocab_size: int
@@ -109,16 +113,7 @@ class _Decoder(_Rows):
     def __call__(self, tokens, positions, where, real, cache, key):
         config = self.config
         w = self.rows(model_rows(config))
-        angles = functools.partial(rope_angles, positions, pairs=config.turned // 2)
-        local_angles = None
-        if config.local_rope_theta is not None:
-            local_angles = angles(theta=config.local_rope_theta, scaling=None)
-        context = Context(
-            angles=angles(theta=config.rope_theta, scaling=config.rope_scaling),
-            local_angles=local_angles,
-            where=where,
-            real=real,
-        )
+        context = make_context(config, positions, where, real)
         windows = None
         if any(config.windows):
             windows = jnp.asarray([w or NO_WINDOW for w in config.windows])
@@ -133,14 +128,7 @@ class _Decoder(_Rows):
             out_axes=0,
             length=config.num_layers,
         )
-        # A padding id may lie past the table; "fill" would make it NaN, which masks of 0 do not
-        # stop.
-        x = jnp.take(w["embed"], tokens, axis=0, mode="clip")
-        if config.embed_scale != 1:
-            x = x * jnp.asarray(config.embed_scale, x.dtype)
-        if config.positions == "learned":
-            # padding may stand past the table
-            x = x + jnp.take(w["positions"], positions, axis=0, mode="clip")
+        x = embed_tokens(w, config, tokens, positions)
         x = self.parts.on_mesh.constrain(x)
         layers = layers(
             config=config,
@@ -150,14 +138,7 @@ class _Decoder(_Rows):
             name="layers",
         )
         x, (cache, routing) = layers(x, context, key, windows, cache)
-        x = normalise(
-            x,
-            w["final_norm"],
-            w.get("final_norm_bias"),
-            kind=config.norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-        )
+        x = final_norm(w, config, x)
         return x, cache, jax.tree.map(lambda x: x.sum(axis=0), routing)
 
 
@@ -178,19 +159,6 @@ def _prefill_attention(kernel: Kernel):
         return kernel.attend(q, k, v, where, window, softcap=softcap), (k, v)
 
     return attention
-
-
-def _decode_attention(q, k, v, where, cache, window, *, softcap):
-    """One new token a row, whose key and value join the cache."""
-    index, valid, position = where
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
-    cached_k, cached_v = cache
-    cache = (update(cached_k, k), update(cached_v, v))
-    seen = valid
-    # the cache holds one sequence a row, so that counting gives its positions
-    if window is not None:
-        seen = valid & (position[:, None] - (jnp.cumsum(valid, axis=1) - 1) < window)
-    return attend(q, *cache, seen[:, None, :], softcap=softcap), cache
 
 
 def _no_attention(q, k, v, where, cache, window, *, softcap):
@@ -274,21 +242,18 @@ def make_decoder(
     def hidden_states(params, tokens, positions, group, branch, key=None):
         return routed(params, tokens, positions, group, branch, key)[0]
 
-    def prefill(params, tokens, valid):
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-        group = valid.astype(jnp.int32)
+    def prefill(params, tokens, positions, group):
         where = attention.prepare(Rows(group, jnp.zeros_like(group), positions))
         fill = _prefill_attention(attention)
-        x, cache, _ = apply(params, tokens, positions, where, valid, None, fill)
-        return x, cache
+        x, cache, _ = apply(params, tokens, positions, where, group > 0, None, fill)
+        return on_mesh.constrain_final(x), cache
 
-    def decode(params, token, position, index, valid, cache):
-        where = (index, valid, position)
-        real = jnp.ones_like(valid[:, :1])
-        x, cache, _ = apply(
-            params, token[:, None], position[:, None], where, real, cache, _decode_attention
-        )
-        return x[:, 0], cache
+    def serve(params):
+        return decoding.serve(params, config, adapter, dtype)
+
+    decode = functools.partial(
+        decoding.decode, config=config, adapter=adapter, on_mesh=on_mesh, dtype=dtype
+    )
 
     def head(params):
         return {name: params[name] for name in head_params(config)}
@@ -304,6 +269,7 @@ def make_decoder(
         head=head,
         unembed=exact(make_unembed(config, dtype, on_mesh.constrain_logits)),
         prefill=exact(prefill),
+        serve=exact(serve),
         decode=exact(decode),
         axes=logical_axes(config),
         vocab_size=config.vocab_size,

@@ -118,6 +118,18 @@ def stack(under: Any, under_scale: float, over: Any, scale: float) -> tuple[Any,
     return {"layers": layers}, scale
 
 
+def merge_row(row: ParamRow, weight: jax.Array, a: jax.Array, b: jax.Array, scale: float):
+    """W + scale A B of one stacked map, computed in float32, in W's dtype."""
+
+    def flat(x, rows):
+        return x.reshape(x.shape[0], rows, -1).astype(jnp.float32)
+
+    inputs = math.prod(row.map_shape[0])
+    delta = jnp.einsum("NIZ,NZO->NIO", flat(a, inputs), flat(b, b.shape[1]))
+    merged = weight.astype(jnp.float32) + scale * delta.reshape(weight.shape)
+    return merged.astype(weight.dtype)
+
+
 def merge(params: Any, config: ModelConfig, scale: float) -> Any:
     """The tree without adapters, W + scale A B in the place of W.
 
@@ -131,15 +143,5 @@ def merge(params: Any, config: ModelConfig, scale: float) -> Any:
             continue
         a = layers.pop(row.name + LORA_A)
         b = layers.pop(row.name + LORA_B)
-
-        def flat(x, rows):
-            return x.reshape(x.shape[0], rows, -1).astype(jnp.float32)
-
-        inputs = math.prod(row.map_shape[0])
-        delta = jnp.einsum("NIZ,NZO->NIO", flat(a, inputs), flat(b, b.shape[1])).reshape(
-            layers[row.name].shape
-        )
-        layers[row.name] = (layers[row.name].astype(jnp.float32) + scale * delta).astype(
-            layers[row.name].dtype
-        )
+        layers[row.name] = merge_row(row, layers[row.name], a, b, scale)
     return {**params, "layers": layers}

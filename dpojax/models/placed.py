@@ -5,7 +5,7 @@ And the model that is made for rows of one shape.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -211,7 +211,45 @@ def place_decoder(
         ),
         **options,
     )
-    return model._replace(head_sharding=placed.head_sharding(mesh, head, rules, cast))
+    return model._replace(
+        head_sharding=placed.head_sharding(mesh, head, rules, cast),
+        serve=placed.serve_on_mesh(model.serve, model.axes, mesh, rules),
+    )
+
+
+def serve_on_mesh(
+    serve: Callable[[Any], Any], axes: Any, mesh: Mesh, rules: Mapping[str, str]
+) -> Callable[[Any], Any]:
+    """`serve`, with its result where decoding reads it.
+
+    Maps are split over the devices that share a layer alone. Over those that hold different rows
+    they are whole: FSDP's parts would be gathered at every token.
+    """
+    if mesh.size == 1:
+        return serve
+    layer_axes = {name: of[1:] for name, of in axes["layers"].items()}
+    split = {
+        axis: ",".join(a for a in mesh_axes(rule) if a not in ROW_AXES)
+        for axis, rule in rules.items()
+    }
+
+    def place(x, of):
+        shardings = sharding.param_shardings(x, of, mesh, split)
+        return jax.lax.with_sharding_constraint(x, shardings)
+
+    def place_all(tree, tree_axes):
+        # adapters stand beside quantised maps alone, and are small
+        return {
+            name: place(x, tree_axes[name]) if name in tree_axes else x for name, x in tree.items()
+        }
+
+    def served(params):
+        tree = serve(params)
+        layers = tuple(place_all(layer, layer_axes) for layer in tree["layers"])
+        others = {name: x for name, x in tree.items() if name != "layers"}
+        return {**place_all(others, axes), "layers": layers}
+
+    return served
 
 
 def checked_adapter_rows(job: Job, config: ModelConfig) -> list[ParamRow]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
+import numpy as np
 
 from dpojax.errors import ConfigError
 
@@ -50,9 +51,15 @@ class Counts(NamedTuple):
     seconds: float
 
 
+def _shapes(args: Any) -> Any:
+    """What tells apart the programs for these arguments."""
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((np.shape(x), np.result_type(x)) for x in leaves)
+
+
 class Program:
-    """A jitted function, compiled ahead of its first call; a call with other shapes compiles again
-    and is counted.
+    """A jitted function, compiled ahead of its first call; a call with new shapes compiles again
+    and is counted. What was compiled is kept.
 
     Attributes:
       compiled: how often it was compiled.
@@ -70,7 +77,8 @@ class Program:
         self.seconds = 0.0
         self.said = Counts(0, 0, 0.0)  # what of these three a person has read
         self._jitted = jax.jit(function, **jit_options)
-        self._executable: Any = None
+        self._executable: Any = None  # the latest
+        self._executables: dict[Any, Any] = {}  # by shapes and dtypes
 
     def __call__(self, *args):
         if self._executable is not None:
@@ -78,11 +86,19 @@ class Program:
                 return self._executable(*args)
             except TypeError:  # the arguments' shapes or dtypes changed
                 pass
+        kind = _shapes(args)
+        if kind in self._executables:
+            self._executable = self._executables[kind]
+            try:
+                return self._executable(*args)
+            except TypeError:  # they lie elsewhere
+                pass
         start = time.monotonic()
         is_shown = self.enabled and sys.stdout.isatty()
         if is_shown:
             print(f"\r\x1b[Kcompiling {self.name}", end="", flush=True)
         self._executable, loaded = self._open(*args)
+        self._executables[kind] = self._executable
         if is_shown:
             print("\r\x1b[K", end="", flush=True)
         self.loaded += loaded

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from dpojax.generation.decoding import filter_logits
 from dpojax.generation.sampler import (
     Sampler,
     SampleSettings,
     draw,
-    filter_logits,
     make_sampler,
-    make_scorer,
-    score_batches,
 )
+from dpojax.generation.scorer import make_scorer, score_batches
 
 MODEL = tiny.model(full=True)
 PARAMS = tiny.params(MODEL)

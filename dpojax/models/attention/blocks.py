@@ -54,7 +54,7 @@ def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
     return None
 
 
-def _cap(scores, softcap: float | None):
+def soft_capped(scores, softcap: float | None):
     """Soft-capped scores, cap tanh(s / cap) (Gemma 2, arXiv:2408.00118, section 2)."""
     if softcap is None:
         return scores
@@ -75,7 +75,7 @@ def attend(
     """
     rows, queries, heads, head_dim = q.shape
     q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], head_dim)
-    scores = _cap(
+    scores = soft_capped(
         jnp.einsum("RQKJE,RSKE->RKJQS", q, k, preferred_element_type=jnp.float32), softcap
     )
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
@@ -201,7 +201,7 @@ def _forward(q, k, v, seen: _Seen, softcap, block: int, most: int):
 
     def queries(i, j, n, carry):
         own_k, own_v = (_tokens(x, first=j, count=n, block=block, axis=2) for x in (k, v))
-        scores = _cap(_dot(q[i], own_k, 3, 3), softcap) + _bias(seen, i, j, n, block, heads)
+        scores = soft_capped(_dot(q[i], own_k, 3, 3), softcap) + _bias(seen, i, j, n, block, heads)
         top = scores.max(axis=-1)
         weights = jnp.exp(scores - top[..., None])
         total = weights.sum(axis=-1)
@@ -247,7 +247,7 @@ def _blocked_bwd(softcap, block, most, residuals, d_out):
 
     def queries(i, j, n, carry):
         tokens = functools.partial(_tokens, first=j, count=n, block=block)
-        scores = _cap(_dot(tokens(k, axis=2), q[i], 3, 3), softcap)
+        scores = soft_capped(_dot(tokens(k, axis=2), q[i], 3, 3), softcap)
         weights = jnp.exp(
             scores + jnp.swapaxes(_bias(seen, i, j, n, block, heads), 2, 3) - lse[i][..., None, :]
         )
