@@ -168,7 +168,8 @@ def slope(margins: np.ndarray) -> float:
     def loss(factor: float) -> float:
         return float(np.mean(np.logaddexp(0, -factor * margins)))
 
-    return float(scipy.optimize.minimize_scalar(loss, bounds=(-50, 50), method="bounded").x)
+    found: Any = scipy.optimize.minimize_scalar(loss, bounds=(-50, 50), method="bounded")
+    return float(found.x)
 
 
 def correlation(margins: np.ndarray, truth: np.ndarray) -> float:
