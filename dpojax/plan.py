@@ -24,7 +24,7 @@ from dpojax.config.load import apply_override, from_config_dict, load_config_fil
 from dpojax.config.schema import Config
 from dpojax.cost.devices import Topology, open_topology
 from dpojax.cost.lengths import QUANTILES
-from dpojax.cost.planning import ADVICE, Plan, make_plan
+from dpojax.cost.planning import ADVICE, Plan, RolloutPlan, make_plan
 from dpojax.cost.roofline import RESOURCES
 from dpojax.cost.step_work import planned_model
 from dpojax.cost.traffic import BETWEEN
@@ -52,16 +52,11 @@ def _bar(share: float, width: int = 24) -> str:
     return "█" * round(share * width)
 
 
-def _show_memory(plan: Plan) -> None:
-    say(
-        f"\nmemory of a device: {plan.hbm_gib:.2f} of {plan.available_gib:.2f} GiB"
-        f" ({plan.hbm_gib / plan.available_gib:.0%})"
-    )
-    for name, gib in sorted(plan.categories_gib.items(), key=lambda entry: -entry[1]):
+def _show_memory(peak: float, available: float, categories: dict[str, float]) -> None:
+    say(f"\nmemory of a device: {peak:.2f} of {available:.2f} GiB ({peak / available:.0%})")
+    for name, gib in sorted(categories.items(), key=lambda entry: -entry[1]):
         if gib >= SMALLEST_SHOWN_GIB:
-            say(f"  {name:14s} {gib:8.3f} GiB  {_bar(gib / plan.available_gib)}")
-    if plan.host_gib:
-        say(f"  host's memory  {plan.host_gib:8.3f} GiB for each device")
+            say(f"  {name:14s} {gib:8.3f} GiB  {_bar(gib / available)}")
 
 
 def _show_traffic(plan: Plan) -> None:
@@ -103,9 +98,23 @@ def show(plan: Plan, config: Config) -> None:
         f"\n{plan.topology}{slices}, {plan.devices} devices: compiled in"
         f" {duration(plan.seconds_to_compile)}; {plan.layout}"
     )
-    _show_memory(plan)
+    _show_memory(plan.hbm_gib, plan.available_gib, plan.categories_gib)
+    if plan.host_gib:
+        say(f"  host's memory  {plan.host_gib:8.3f} GiB for each device")
     _show_traffic(plan)
     _show_roofline(plan, config)
+    if plan.rollout is not None:
+        _show_rollout(plan, plan.rollout)
+
+
+def _show_rollout(plan: Plan, rollout: RolloutPlan) -> None:
+    """What draws the samples of a step, before it."""
+    say(
+        f"\nsamples: {rollout.batches} batches of {rollout.rows:,} responses, compiled in"
+        f" {duration(rollout.seconds_to_compile)}; {duration(rollout.seconds)} at the roofline if"
+        " all of them are as long as may be (weights and caches are read once a token)"
+    )
+    _show_memory(rollout.hbm_gib, plan.available_gib, rollout.categories_gib)
 
 
 class Cell(NamedTuple):
@@ -316,6 +325,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "work": plan.work._asdict(),
         "roofline": plan.roofline._asdict() | {"bound": plan.roofline.bound},
         "traffic": [traffic._asdict() for traffic in plan.traffic],
+        "rollout": plan.rollout and plan.rollout._asdict(),
     }
 
 

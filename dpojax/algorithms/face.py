@@ -58,6 +58,16 @@ class OpenStage(NamedTuple):
     passed_on: Callable[[], Any] | None = None
 
 
+class PlannedRollout(NamedTuple):
+    """What draws a step's samples before it, for devices that may not be here: shapes alone."""
+
+    program: Program  # (served parameters, decoding, until) -> decoding
+    served: Any  # the parameters as decoding reads them: a second copy, ShapeDtypeStructs
+    decoding: Any  # caches and responses of a batch, ShapeDtypeStructs
+    batches: int  # of a step, one after another
+    tokens: int  # of the longest response
+
+
 class PlannedStep(NamedTuple):
     """A stage's step for devices that may not be here: shapes alone."""
 
@@ -73,6 +83,7 @@ class PlannedStep(NamedTuple):
     updates: int = 1  # from a step's groups
     has_value_net: bool = False  # beside the policy, of about its size
     unit: str = "pairs"  # that a step has batch_size of
+    rollout: PlannedRollout | None = None  # of stages that sample
 
 
 class Algorithm(NamedTuple):

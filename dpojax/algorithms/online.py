@@ -48,6 +48,16 @@ def paired_by_worth(worth: Worth) -> Pairing:
     return pairs
 
 
+def prompts_at_once(batch_size: int, num_prompts: int, num_samples: int, shards: int) -> int:
+    """Prompts whose responses are drawn together, a multiple of the data shards.
+
+    Args:
+      batch_size: responses that are drawn at a time.
+    """
+    prompts = min(num_prompts, max(1, batch_size // num_samples))
+    return -(-prompts // shards) * shards
+
+
 class OnlineBatches:
     """(step, state) -> responses of the state's own policy, packed with what they are worth.
 
@@ -116,6 +126,9 @@ class OnlineBatches:
             num_samples=num_samples,
         )
         self.width = prompt_width([[0] * longest])
+        self.prompts_drawn = prompts_at_once(
+            config.sample.batch_size, self.num_prompts, num_samples, num_shards(job.mesh)
+        )
         self.sampler = compile_sampler(
             inputs.policy.model, self.settings, job.mesh, job.program, name="rollout"
         )
@@ -174,7 +187,7 @@ class OnlineBatches:
             settings=self.settings,
             seed=int(seed >> 1),
             width=self.width,
-            batch_size=-(-self.num_prompts // shards) * shards,
+            batch_size=self.prompts_drawn,
             put=rows_put(self.job.mesh),
             fetch=fetch_whole,
             shards=shards,

@@ -20,6 +20,7 @@ from dpojax.algorithms.sampled import (
     SampledPolicy,
     open_sampled,
     plan_trees,
+    planned_rollout,
     planned_shape,
     sampled_findings,
     sampled_lengths,
@@ -224,6 +225,7 @@ def plan_online_dpo(job: Job, policy: Policy, lengths: Lengths) -> PlannedStep:
         lengths=sampled_lengths(lengths, c, num_samples=samples),
         scorings=int(with_reference),
         unit="prompts",
+        rollout=planned_rollout(job, policy, lengths, num_samples=samples),
     )
 
 

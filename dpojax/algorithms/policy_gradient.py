@@ -24,6 +24,7 @@ from dpojax.algorithms.sampled import (
     SampledPolicy,
     open_sampled,
     plan_trees,
+    planned_rollout,
     planned_shape,
     sampled_findings,
     sampled_lengths,
@@ -342,6 +343,7 @@ def plan_policy_gradient(job: Job, policy: Policy, lengths: Lengths) -> PlannedS
         updates=step.loss.settings.epochs,
         has_value_net=VALUE in policies,
         unit="prompts",
+        rollout=planned_rollout(job, policy, lengths, num_samples=samples),
     )
 
 

@@ -6,13 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpojax.algorithms.face import Inputs, Start
+from dpojax.algorithms.face import Inputs, PlannedRollout, Start
+from dpojax.algorithms.online import prompts_at_once
 from dpojax.algorithms.opening import PlannedTrees, open_sampler, planned_trees, start_adapters
 from dpojax.config.schema import Config
 from dpojax.data.packing import PackShape
 from dpojax.data.rollouts import rollout_shape
 from dpojax.data.shapes import Lengths
 from dpojax.evaluation.samples import Sampling
+from dpojax.generation.decoding import (
+    SampleSettings,
+    compile_sampler,
+    decoding_shardings,
+    make_sampler,
+)
+from dpojax.generation.sampler import prompt_width
 from dpojax.models.placed import Policy, fitted
 from dpojax.runtime.context import Job
 from dpojax.runtime.mesh import num_shards
@@ -133,6 +141,48 @@ def planned_shape(job: Job, lengths: Lengths, *, num_samples: int, num_pairs: in
         num_pairs=num_pairs,
         num_shards=num_shards(job.mesh),
         micro_batch_tokens=c.data.micro_batch_tokens,
+    )
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs in these shardings, of which each may stand for a whole subtree."""
+    whole = jax.tree.broadcast(shardings, abstract)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, whole
+    )
+
+
+def planned_rollout(
+    job: Job, policy: Policy, lengths: Lengths, *, num_samples: int
+) -> PlannedRollout:
+    """The sampler of a stage from shapes alone, for prompts as long as the longest."""
+    c = job.config
+    shards = num_shards(job.mesh)
+    settings = SampleSettings(
+        max_new_tokens=c.sample.max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_ids=(0,),
+        pad_id=0,
+        num_samples=num_samples,
+    )
+    sampler = make_sampler(policy.model, settings)
+    compiled: Any = compile_sampler(policy.model, settings, job.mesh, job.program, name="rollout")
+    params = placed(policy.abstract, policy.shardings)
+    serve = compiled.serve.compile(params)
+    served = placed(jax.eval_shape(sampler.serve, params), serve.output_shardings)
+    prompts = prompts_at_once(c.sample.batch_size, c.batch_size, num_samples, shards)
+    width = prompt_width([[0] * int(max(lengths.prompts))])
+    ids = jax.ShapeDtypeStruct((prompts, width), np.int32)
+    keys = jax.ShapeDtypeStruct((prompts * num_samples, 2), np.uint32)
+    decoding = jax.eval_shape(sampler.start, params, ids, ids, keys)
+    return PlannedRollout(
+        program=compiled.extend,
+        served=served,
+        decoding=placed(decoding, decoding_shardings(job.mesh)),
+        batches=-(-c.batch_size // prompts),
+        tokens=c.sample.max_new_tokens,
     )
 
 

@@ -196,7 +196,7 @@ class SampleConfig:
     kl_prompts: CountOrZero
     # of these, that every evaluation samples for the on-policy KL; 0 = none
     max_new_tokens: Count  # of a response, EOS included
-    batch_size: Count  # prompts at a time
+    batch_size: Count  # responses drawn at a time
     temperature: float  # 0 = greedy
     top_k: CountOrZero  # draw from the k likeliest tokens; 0 = off
     top_p: Annotated[float, Within(0, 1, "(]")]

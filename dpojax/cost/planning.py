@@ -6,15 +6,28 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from dpojax.algorithms.face import PlannedRollout
 from dpojax.config.schema import Config
 from dpojax.cost.devices import Topology
 from dpojax.cost.roofline import Roofline, roofline
-from dpojax.cost.step_work import Prepared, StepWork, prepare, step_work
+from dpojax.cost.step_work import Prepared, StepWork, placed_bytes, prepare, step_work
 from dpojax.cost.traffic import Traffic, collective_traffic
 from dpojax.errors import FitError
 from dpojax.runtime.devices import GIB
 from dpojax.training.rows import describe_rows
+
+
+class RolloutPlan(NamedTuple):
+    """What drawing a step's samples needs on a topology, beside the state that lies there."""
+
+    seconds_to_compile: float
+    hbm_gib: float  # peak on a device, the state of training among it
+    categories_gib: dict[str, float]
+    batches: int  # of a step, one after another
+    rows: int  # responses of a batch
+    seconds: float  # at the roofline: weights and caches are read once a token
 
 
 class Plan(NamedTuple):
@@ -34,6 +47,7 @@ class Plan(NamedTuple):
     useful_mfu: float  # at the roofline
     layout: str
     unit: str  # that a step has batch_size of: pairs, or prompts
+    rollout: RolloutPlan | None  # of a stage that samples
 
 
 def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = "") -> Plan:
@@ -82,13 +96,62 @@ def make_plan(config: Config, topology: Topology, lengths: str, *, hlo: str = ""
         useful_mfu=work.useful / (len(topology.devices) * topology.chip.peak * times.seconds),
         layout=describe_rows(program.shape),
         unit=program.step.unit,
+        rollout=None,
     )
-    if peak > topology.chip.hbm:
+    _check_fits("", plan.hbm_gib, plan.available_gib, topology, ADVICE)
+    if program.step.rollout is None:
+        return plan
+    return plan._replace(rollout=plan_rollout(program, program.step.rollout, topology))
+
+
+def plan_rollout(program: Prepared, rollout: PlannedRollout, topology: Topology) -> RolloutPlan:
+    """Compiles the sampler for the topology. Raises: FitError where it does not fit beside the
+    state of training.
+    """
+    start = time.monotonic()
+    until = jax.ShapeDtypeStruct((), np.int32)
+    compiled = rollout.program.compile(rollout.served, rollout.decoding, until)
+    seconds = time.monotonic() - start
+    analysis: Any = compiled.memory_analysis()
+    served = placed_bytes(rollout.served)
+    caches = placed_bytes(rollout.decoding)
+    outputs = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    categories = {name: size for name, size in program.memory.items() if name != "batch"}
+    categories |= {
+        "served weights": served,
+        "caches": caches,
+        "temporary": float(analysis.temp_size_in_bytes + outputs),
+        "program": float(analysis.generated_code_size_in_bytes),
+    }
+    peak = sum(categories.values()) / GIB
+    available = topology.chip.hbm / GIB
+    _check_fits(" to draw samples", peak, available, topology, ROLLOUT_ADVICE)
+    per_token = (served + caches) / topology.chip.bandwidth
+    return RolloutPlan(
+        seconds_to_compile=seconds,
+        hbm_gib=peak,
+        categories_gib={name: size / GIB for name, size in categories.items()},
+        batches=rollout.batches,
+        rows=rollout.decoding.keys.shape[0],
+        seconds=rollout.batches * rollout.tokens * per_token,
+    )
+
+
+def _check_fits(
+    what: str, needed: float, available: float, topology: Topology, advice: str
+) -> None:
+    """Raises: FitError where a device needs more GiB than it has."""
+    if needed > available:
         raise FitError(
-            f"{topology.name}: a device needs {plan.hbm_gib:.2f} GiB and has"
-            f" {plan.available_gib:.2f} GiB; {ADVICE}"
+            f"{topology.name}: a device needs {needed:.2f} GiB{what} and has"
+            f" {available:.2f} GiB; {advice}"
         )
-    return plan
+
+
+ROLLOUT_ADVICE = (
+    "lower sample.batch_size or sample.max_new_tokens, share the weights with mesh.tensor, or take"
+    " more devices"
+)
 
 
 ADVICE = (

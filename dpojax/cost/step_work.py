@@ -81,6 +81,11 @@ def device_bytes(abstract: Any, shardings: Any, kind: str = "device") -> float:
     return float(total)
 
 
+def placed_bytes(placed: Any) -> float:
+    """Bytes on each device of a tree of ShapeDtypeStructs with shardings."""
+    return device_bytes(placed, jax.tree.map(lambda x: x.sharding, placed))
+
+
 def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
