@@ -24,7 +24,6 @@ from dpojax.generation.sampler import (
     rows_put,
     whole_batch,
 )
-from dpojax.generation.scorer import make_scorer
 from dpojax.generation.scorer import make_scorer, score_batches
 from dpojax.models.placed import Policy, check_positions
 from dpojax.runtime.context import Job
