@@ -106,15 +106,6 @@ def serve(params: Params, config: ModelConfig, adapter: Adapter | None, dtype: j
     return {**served, "layers": tuple(layers)}
 
 
-def _prompt_cache(x: Array, places: Int[Array, "R P"], layer: int) -> Array:
-    """A layer's keys or values, [N, A, L, K, E] -> [R, K, P, E]."""
-    packed = x[layer]
-    by_row = places.reshape(packed.shape[0], -1)
-    taken = jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))(packed, by_row)
-    taken = taken.reshape(*places.shape, *taken.shape[2:])
-    return jnp.swapaxes(taken, 1, 2)
-
-
 def prompt_caches(filled: tuple[Array, Array], places: Int[Array, "R P"]) -> tuple[KeyValues, ...]:
     """The caches of prompts out of the packed rows that were prefilled.
 
@@ -122,19 +113,30 @@ def prompt_caches(filled: tuple[Array, Array], places: Int[Array, "R P"]) -> tup
       filled: keys and values [N, A, L, K, E] of all layers.
       places: where a prompt's tokens stand in its row; R / A prompts stand in each row.
     """
-    k, v = filled
+
+    def columns(packed):
+        """[A, L, K, E] -> [R, P, K, E]."""
+        by_row = places.reshape(packed.shape[0], -1)
+        taken = jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))(packed, by_row)
+        return taken.reshape(*places.shape, *taken.shape[2:])
+
     return tuple(
-        KeyValues(_prompt_cache(k, places, i), _prompt_cache(v, places, i)) for i in range(len(k))
+        KeyValues(columns(k).transpose(0, 2, 3, 1), columns(v).transpose(0, 2, 1, 3))
+        for k, v in zip(*filled, strict=True)
     )
 
 
 def empty_caches(prompts: tuple[KeyValues, ...], rows: int, columns: int) -> tuple[KeyValues, ...]:
-    """Room for the samples' keys and values, [B, K, T, E]."""
+    """Room for the samples' keys and values: `rows` of `columns`."""
 
-    def room(x):
-        return jnp.zeros((rows, x.shape[1], columns, x.shape[3]), x.dtype)
+    def room(layer):
+        _, heads, size, _ = layer.k.shape
+        return KeyValues(
+            jnp.zeros((rows, heads, size, columns), layer.k.dtype),
+            jnp.zeros((rows, heads, columns, size), layer.v.dtype),
+        )
 
-    return jax.tree.map(room, prompts)
+    return tuple(map(room, prompts))
 
 
 def decode(  # noqa: PLR0913  # what a decoder is made of, and one token
@@ -155,7 +157,7 @@ def decode(  # noqa: PLR0913  # what a decoder is made of, and one token
       seen: where the rows stand; all have drawn `seen.step` tokens before this one.
     """
     rows = token.shape[0]
-    columns = cache.samples[0].k.shape[2]
+    columns = cache.samples[0].v.shape[2]
     samples = rows // seen.is_key.shape[0]
     position = jnp.repeat(seen.prompt_lengths, samples)[:, None] + seen.step
     # The embedding and the head lie in the dtype of the computation already.
