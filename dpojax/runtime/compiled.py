@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpojax.errors import ConfigError
@@ -54,7 +55,7 @@ class Counts(NamedTuple):
 def _shapes(args: Any) -> Any:
     """What tells apart the programs for these arguments."""
     leaves, tree = jax.tree.flatten(args)
-    return tree, tuple((np.shape(x), np.result_type(x)) for x in leaves)
+    return tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 class Program:
