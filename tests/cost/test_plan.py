@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 from runs import ROOT
 
 from dpojax.config.load import apply_override, from_config_dict, load_config_file
+from dpojax.cost.devices import open_topology
 from dpojax.cost.lengths import QUANTILES, draw_lengths
+from dpojax.cost.planning import make_plan
 from dpojax.cost.traffic import BETWEEN, collective_traffic
 from dpojax.data.packing import PackShape, abstract_batch
 from dpojax.models.attention import kernels
@@ -119,9 +121,6 @@ def test_a_plan_over_slices_says_what_travels_between_them(tmp_path):
     small |= {"data.micro_batch_tokens": "1024", "mesh.data": "2", "mesh.fsdp": "4"}
     for key, text in small.items():
         apply_override(config, key, text)
-    from dpojax.cost.devices import open_topology
-    from dpojax.cost.planning import make_plan
-
     plan = make_plan(from_config_dict(config), open_topology("v5e:2x2", 2), "ultrafeedback")
     (crossing,) = (t.sent for t in plan.traffic if t.kind == BETWEEN)
     trained = plan.categories_gib["parameters"] * 2**30
@@ -261,6 +260,45 @@ def test_a_plan_of_a_whole_step_says_what_it_needs_and_what_does_not_fit_ends_wi
     assert table.count("| full | 16 |") == 2 and "the largest that fits" in table
     over = plan("--config.mesh.data=4", "--config.mesh.fsdp=1", code=6)
     assert "needs" in over and "15.75 GiB" in over and "Traceback" not in over
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_a_plan_of_a_stage_that_samples_counts_both_copies_of_the_weights_and_the_caches(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_LLAMA))
+    values = load_config_file(str(ROOT / "configs/llama3_8b.py"))
+    settings = {
+        "stages": "policy_gradient",
+        "policy_gradient.preset": "ppo",
+        "policy_gradient.num_samples": "4",
+        "model.shape": str(tmp_path),
+        "batch_size": "16",
+        "data.max_prompt_tokens": "128",
+        "data.max_response_tokens": "64",
+        "data.micro_batch_tokens": "1024",
+        "sample.max_new_tokens": "64",
+        "sample.batch_size": "32",
+    }
+    for key, text in settings.items():
+        apply_override(values, key, text)
+    topology("v5e:2x2")  # sets what the compiler asks of the environment
+    plan = make_plan(from_config_dict(values), open_topology("v5e:2x2"), "hh")
+    layer = 512 * 128 * (4 + 2 + 2 + 4) + 3 * 512 * 1024 + 2 * 512
+    body = 3 * layer + 4096 * 512 + 512
+    norms = 3 * 2 * 512 + 512
+    net = 4 * ((body - norms) / 4 + norms)  # float32 over four devices, norms whole on each
+    assert plan.categories_gib["value net"] * 2**30 == pytest.approx(net, rel=0.01)
+    assert plan.unit == "prompts" and plan.rollout is not None
+    rollout = plan.rollout
+    assert (rollout.batches, rollout.rows) == (2, 32)
+    # FSDP's parts are gathered once: bfloat16 weights are whole on every device.
+    served = 2 * (body + 4096 * 512)
+    assert rollout.categories_gib["served weights"] * 2**30 == pytest.approx(served, rel=0.01)
+    # Keys and values of 2 heads of 128 numbers in 3 layers; a device holds 2 prompts of 128
+    # columns and their 8 samples of 64.
+    caches = 2 * 2 * (2 * 128) * 3 * (2 * 128 + 8 * 64)
+    assert rollout.categories_gib["caches"] * 2**30 == pytest.approx(caches, rel=0.05)
+    assert rollout.hbm_gib > plan.categories_gib["optimizer"] + served / 2**30
 
 
 def test_a_plan_says_what_is_wrong_with_its_arguments():
