@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpojax.algorithms.model_rewards import RewardOfModel
 from dpojax.command_line import (
     Output,
     Parser,
@@ -25,6 +26,7 @@ from dpojax.data.sources import open_sources
 from dpojax.data.tokenizers import Tokenizer
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, NumericsError
+from dpojax.evaluation.best_of import best_places, describe_choice, sft_row
 from dpojax.generation.loaded import (
     LOGPS_CHUNK_TOKENS,
     Loaded,
@@ -34,6 +36,7 @@ from dpojax.generation.loaded import (
     load_model,
     open_text,
 )
+from dpojax.generation.open_model import OpenModel
 from dpojax.generation.sampler import (
     Response,
     SampleSettings,
@@ -48,6 +51,7 @@ from dpojax.generation.scorer import make_scorer, score_batches
 from dpojax.models.placed import check_positions
 from dpojax.runtime.log import Progress
 from dpojax.runtime.mesh import num_shards
+from dpojax.training.rewards import make_rewards_step
 from dpojax.weights.open import ignored_fields, open_weights
 
 # The largest difference of a token's log-prob between sampling and the training forward, nats.
@@ -77,6 +81,25 @@ def parser() -> Parser:
         help="JSONL: each row with its 'responses' added; '-': standard output",
     )
     flags.add_argument("--num_samples", type=int, default=1, help="responses to each prompt")
+    flags.add_argument(
+        "--best_of",
+        type=int,
+        default=0,
+        help="draws so many responses and keeps the num_samples best by --reward_model; 0: off",
+    )
+    flags.add_argument(
+        "--reward_model",
+        default="",
+        help=(
+            "of --best_of: a run with the stage reward_model, or a classifier of transformers with"
+            " one label"
+        ),
+    )
+    flags.add_argument(
+        "--demonstrations",
+        action="store_true",
+        help="writes a row for each response, as SFT takes it (rejection sampling)",
+    )
     flags.add_argument("--max_new_tokens", type=int, default=128)
     flags.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     flags.add_argument("--top_k", type=int, default=0, help="0: off")
@@ -120,6 +143,7 @@ def check_settings(args) -> None:
     """Raises ConfigError for a setting out of its range."""
     at_least = {
         "num_samples": (args.num_samples, 1),
+        "best_of": (args.best_of, 0),
         "max_new_tokens": (args.max_new_tokens, 1),
         "top_k": (args.top_k, 0),
         "seed": (args.seed, 0),
@@ -133,6 +157,12 @@ def check_settings(args) -> None:
         raise ConfigError(f"--temperature={args.temperature}: it must be finite and >= 0")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top_p={args.top_p}: it must be in (0, 1]")
+    if bool(args.best_of) != bool(args.reward_model):
+        raise ConfigError("name both --best_of=N and --reward_model=DIR, or none of them")
+    if args.best_of and args.best_of < args.num_samples:
+        raise ConfigError(
+            f"--best_of={args.best_of}: it must be at least --num_samples={args.num_samples}"
+        )
     args.stop = [unescape(s) for s in args.stop]
     if any(not s for s in args.stop):
         raise ConfigError("--stop='': it must not be empty")
@@ -227,7 +257,10 @@ def generate(args: argparse.Namespace) -> None:
     """Samples, checks the log-probs of the first batch, and writes."""
     check_settings(args)
     # A model that does not exist is the first thing to be said.
-    open_weights(args.model, ignore=ignored_fields(args.ignore_fields), setting="--model")
+    ignore = ignored_fields(args.ignore_fields)
+    open_weights(args.model, ignore=ignore, setting="--model")
+    if args.reward_model:
+        open_weights(args.reward_model, ignore=ignore, setting="--reward_model", scalar_head=True)
     text = open_text(args.model, args, Writing())
     prompts = read_prompts(args, text)
     with Output(args.out) as out:
@@ -259,7 +292,7 @@ def _draw_responses(
         top_p=args.top_p,
         eos_ids=ends,
         pad_id=tokenizer.pad_id,
-        num_samples=args.num_samples,
+        num_samples=args.best_of or args.num_samples,
     )
 
     def jit(name, function, **options):
@@ -286,16 +319,25 @@ def _draw_responses(
     for i, response in enumerate(responses):
         if not np.isfinite(response.logps).all():
             raise NumericsError(
-                f"prompt {i // args.num_samples}: the log-prob of a sampled token is not finite;"
-                " compute with --dtype=float32, or look at the weights"
+                f"prompt {i // settings.num_samples}: the log-prob of a sampled token is not"
+                " finite; compute with --dtype=float32, or look at the weights"
             )
-    first = responses[: size * args.num_samples]
+    each = settings.num_samples
+    first = responses[: size * each]
     worst = check_logps(
-        loaded, ids, first, width=width, each=args.num_samples, settings=settings, batch_size=size
+        loaded, ids, first, width=width, each=each, settings=settings, batch_size=size
     )
-    for i, prompt in enumerate(prompts):
-        drawn = responses[i * args.num_samples : (i + 1) * args.num_samples]
-        out.write({**prompt.row, "responses": [describe(r, tokenizer, ends, args) for r in drawn]})
+    del loaded  # before a reward model is read: the memory holds one of them
+    described = [describe(r, tokenizer, ends, args) for r in responses]
+    groups = [described[i : i + each] for i in range(0, len(described), each)]
+    if args.best_of:
+        groups = _keep_best(args, prompts, groups, out)
+    for prompt, kept in zip(prompts, groups, strict=True):
+        if args.demonstrations:
+            for response in kept:
+                out.write(sft_row(prompt.row, response["text"]))
+        else:
+            out.write({**prompt.row, "responses": kept})
     out.close()
     tokens = sum(len(r.ids) for r in responses)
     progress.close(f"{len(responses):,} responses, {tokens:,} tokens, written to {args.out}")
@@ -304,6 +346,37 @@ def _draw_responses(
         f" ({len(first)} responses)",
         out,
     )
+
+
+def _keep_best(
+    args: argparse.Namespace,
+    prompts: list[Prompt],
+    groups: list[list[dict[str, Any]]],
+    out: Output,
+) -> list[list[dict[str, Any]]]:
+    """The num_samples best responses of every prompt, with their rewards, the best first."""
+    loaded = load_model(args.reward_model, args, quiet=out.path is None, scalar_head=True)
+    texts = OpenModel(loaded, open_text(args.reward_model, args, Writing()))
+    everywhere = jax.sharding.NamedSharding(loaded.mesh, jax.sharding.PartitionSpec())
+    step = jax.jit(make_rewards_step(loaded.model), out_shardings=everywhere)
+    reward_of = RewardOfModel(texts, args.reward_model, step)
+    progress = Progress("rewards", len(prompts), "prompts", enabled=out.path is not None)
+    rewards = []
+    for number, (prompt, drawn) in enumerate(zip(prompts, groups, strict=True)):
+        row = prompt.row
+        given = row.get("prompt_ids", row.get("messages", row.get("prompt")))
+        rewards.append(reward_of.of_prompts([given] * len(drawn), [r["text"] for r in drawn]))
+        progress(number + 1)
+    kept = []
+    for drawn, values in zip(groups, rewards, strict=True):
+        places = best_places(values, args.num_samples)
+        kept.append([{**drawn[k], "reward": values[k]} for k in places])
+    found = describe_choice(rewards)
+    progress.close(
+        f"best of {args.best_of}: reward {found.of_all:+.3f}, of one sample {found.of_one:+.3f},"
+        f" on {found.prompts:,} prompts; KL at most {found.kl_bound:.2f} nats"
+    )
+    return kept
 
 
 def main(argv: Sequence[str]) -> int:

@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -slow[item.path])  # stable: a file's own order stays
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder of real data, tokenizers and tiny models."""
     if not DATA.is_dir():

@@ -6,7 +6,7 @@ in EOS, also where the sampler cut it.
 
 import argparse
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,19 +95,26 @@ def row_prompts(prompts: Sequence[str], columns: Columns) -> list[Any]:
     ]
 
 
+def open_reward_model(job: Job, place: str) -> "RewardOfModel":
+    """A run's folder with a reward model, or a classifier of transformers with one label.
+
+    Raises: ConfigError if it is no reward model.
+    """
+    texts = OpenModel(load_frozen(job, place, scalar_head=True), text_of(job, place))
+    step = make_rewards_step(texts.loaded.model)
+    program = job.program(f"reward_of_{place}", step, out_shardings=job.replicated)
+    return RewardOfModel(texts, place, program)
+
+
 class RewardOfModel:
     """r(x, y) of a reward model: its head's number, on the scale that lies beside it."""
 
-    def __init__(self, job: Job, place: str):
-        """Loads a run's folder with a reward model, or a classifier of transformers with one label.
-
-        Raises: ConfigError if it is no reward model.
-        """
+    def __init__(self, texts: OpenModel, place: str, program: Callable[[Any, Any], Any]):
+        """Takes the model, its folder, and its jitted pass (parameters, batch) -> rewards."""
+        self.texts = texts
         self.place = place
-        self.texts = OpenModel(load_frozen(job, place, scalar_head=True), text_of(job, place))
         self.scale = read_normalisation(pathlib.Path(place))
-        step = make_rewards_step(self.texts.loaded.model)
-        self.program = job.program(f"reward_of_{place}", step, out_shardings=job.replicated)
+        self.program = program
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Columns
@@ -116,7 +123,11 @@ class RewardOfModel:
 
         Raises: NumericsError for a reward that is not finite.
         """
-        rollouts = tokens_of(self.texts, row_prompts(prompts, columns), responses)
+        return self.of_prompts(row_prompts(prompts, columns), responses)
+
+    def of_prompts(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float | None]:
+        """The same of prompts as they stand: texts, messages or ids."""
+        rollouts = tokens_of(self.texts, prompts, responses)
         numbers = [i for i, rollout in enumerate(rollouts) if rollout is not None]
         values = self._rewards([rollout for rollout in rollouts if rollout is not None])
         scores: list[float | None] = [None] * len(responses)
@@ -139,7 +150,7 @@ class RewardOfModel:
                 rewards[part.first + group] = values[where]
         if not np.isfinite(rewards).all():
             raise NumericsError(
-                f"reward.terms: model:{self.place} gives the reward"
+                f"the reward model {self.place} gives the reward"
                 f" {rewards[~np.isfinite(rewards)][0]}; compute in float32 (model.dtype)"
             )
         if self.scale is None:

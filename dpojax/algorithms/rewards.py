@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpojax.algorithms.face import Inputs
-from dpojax.algorithms.model_rewards import ImplicitReward, RewardOfModel
+from dpojax.algorithms.model_rewards import ImplicitReward, open_reward_model
 from dpojax.config.online import VERIFIABLE, RewardTerm
 from dpojax.config.schema import Config
 from dpojax.errors import ConfigError, DpojaxError
@@ -75,7 +75,7 @@ def open_term(job: Job, inputs: Inputs, term: RewardTerm, weight: float) -> Term
     Raises: ConfigError for what is not there.
     """
     if term.kind == "model":
-        return Term(term.name, weight, RewardOfModel(job, term.place), in_thread=False)
+        return Term(term.name, weight, open_reward_model(job, term.place), in_thread=False)
     if term.kind == "implicit":
         return Term(term.name, weight, ImplicitReward(job, term.place), in_thread=False)
     if term.kind in VERIFIABLE:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+from typing import Any
 
 from dpojax.data.chat import ChatTemplate, Message
 from dpojax.data.columns import (
@@ -59,7 +60,8 @@ class RowReader:
         _check_shape(row, where)
         # with scores or without
         if self.kind == "score" and isinstance(row.get("responses"), list):
-            row = {"prompt": row.get("prompt"), "completions": row["responses"]}
+            texts = response_texts(row["responses"])
+            row = {"prompt": row.get("prompt"), "completions": texts}
         group = _read_row(row, where, self.prompt_template, self.chat)
         if self.kind == "unpaired" and group.pairs:
             group = unpair(group, where)
@@ -224,6 +226,14 @@ def read_prompt(row: Row, where: str, template: str, chat: ChatTemplate | None) 
         return by_prompt_template(messages, (), row, where)
     assert chat is not None
     return by_template(chat, messages, (), row, where)
+
+
+def response_texts(responses: list[Any]) -> list[Any]:
+    """Responses as texts: those that dpojax.generate wrote hold their text beside other things."""
+    return [
+        response["text"] if isinstance(response, dict) and "text" in response else response
+        for response in responses
+    ]
 
 
 def _ranked(row: Row, where: str) -> Group:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpojax.data.groups import Group
+from dpojax.data.rows import response_texts
 from dpojax.errors import ConfigError
 from dpojax.evaluation import statistics
 from dpojax.objectives.exact_policy import best_of_k_mean, best_of_n_kl, best_of_n_kl_bound
@@ -49,7 +50,7 @@ def describe(row: dict[str, Any], group: Group, scores: Scores) -> dict[str, Any
     spelled = list(group.responses)
     if group.answers is not None:
         spelled = [answer["content"] for answer in group.answers]
-    texts = row.get("completions", row.get("responses", spelled))
+    texts = response_texts(row.get("completions", row.get("responses", spelled)))
     places = [spelled.index(text) for text in texts]
     written: dict[str, Any] = {
         name: [float(value[place]) for place in places]
