@@ -10,6 +10,7 @@ import pytest
 import dpojax
 from dpojax.config.load import setting_kinds
 from dpojax.models.families.table import FAMILIES
+from dpojax.objectives.policy_presets import PRESETS
 from dpojax.objectives.settings import ALIASES, MOVING_SETTINGS, SHORTHANDS, keywords
 from dpojax.objectives.table import OBJECTIVES
 
@@ -76,6 +77,19 @@ def test_the_objectives_of_the_page_are_those_of_the_code():
         code_names(row[0])[0]: code_names(row[1])[0] for row in table_after(page, "Short names")
     }
     assert listed == {**ALIASES, **SHORTHANDS}
+
+
+def test_the_presets_of_the_page_are_those_of_the_code():
+    rows = table_after(read("dpojax/objectives/README.md"), "Policy gradients and reward models")
+    assert [code_names(row[0])[0] for row in rows] == list(PRESETS)
+    for row, preset in zip(rows, PRESETS.values(), strict=True):
+        clip = f"{preset.clip_low:g}, {preset.clip_high:g}"
+        expected = (
+            *(preset.advantage, preset.scale, preset.ratio),
+            *("none" if clip == "inf, inf" else clip, preset.aggregate, preset.kl),
+            *(f"{preset.beta:g}", str(preset.epochs)),
+        )
+        assert tuple(row[1:]) == expected
 
 
 def test_what_the_packages_page_looks_up_is_there():
