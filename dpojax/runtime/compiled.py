@@ -54,7 +54,7 @@ class Counts(NamedTuple):
 def _shapes(args: Any) -> Any:
     """What tells apart the programs for these arguments."""
     leaves, tree = jax.tree.flatten(args)
-    return tree, tuple((np.shape(x), np.result_type(x)) for x in leaves)
+    return tree, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
 
 
 class Program:
