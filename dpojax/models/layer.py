@@ -96,7 +96,8 @@ def linear(w: Params, row: ParamRow, x: Array, adapter: Adapter | None = None, k
       key: of the adapter's dropout; None: without.
     """
     name = row.name
-    y = jnp.einsum(row.equation, x, w[name])
+    # Not by einsum, which would transpose the matrix to sum over its last input first.
+    y = jnp.tensordot(x, w[name], axes=row.in_dims)
     if f"{name}_bias" in w:
         y = y + w[f"{name}_bias"]
     if adapter is None or f"{name}{LORA_A}" not in w:

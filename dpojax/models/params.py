@@ -49,12 +49,6 @@ class ParamRow(NamedTuple):
         return sizes[: self.in_dims], sizes[self.in_dims :]
 
     @property
-    def equation(self) -> str:
-        """The linear map of (inputs, matrix) as an einsum, e.g. `...D,DHE->...HE`."""
-        inputs, outputs = self._letters
-        return f"...{inputs},{inputs}{outputs}->...{outputs}"
-
-    @property
     def down_equation(self) -> str:
         """The adapter's map to its rank Z, of (inputs, A), e.g. `...D,DZ->...Z`."""
         inputs, _ = self._letters

@@ -184,3 +184,10 @@ def test_a_line_gathers_what_was_compiled_and_loaded_since_the_last():
     assert "compiled 2 time(s): c" in totals(
         made
     ) and "loaded from the compilation cache: b" in totals(made)
+
+
+def test_programs_of_several_shapes_are_compiled_once_each():
+    program = Program("total", lambda x: x.sum())
+    for _ in range(3):
+        assert [float(program(jnp.ones(n))) for n in (3, 5)] == [3, 5]
+    assert program.compiled + program.loaded == 2
