@@ -25,10 +25,7 @@ from dpojax.generation.decoding import (
     Decoding,
     Sampler,
     SampleSettings,
-    decoding_shardings,
-    make_sampler,
 )
-from dpojax.models.decoder import Model
 from dpojax.runtime import sharding
 from dpojax.runtime.mesh import num_shards
 
@@ -47,20 +44,6 @@ class Response(NamedTuple):
         if self.ids and self.ids[-1] in eos_ids:
             return self.ids[:-1]
         return self.ids
-
-
-def compile_sampler(
-    model: Model, settings: SampleSettings, mesh: Mesh, jit: Callable[..., Callable], name="sampler"
-) -> Sampler:
-    """The programs of a sampler; `jit`: (name, function, **options of jax.jit) -> the program."""
-    plain = make_sampler(model, settings)
-    shardings = decoding_shardings(mesh)
-    return Sampler(
-        serve=jit(f"{name}_weights", plain.serve),
-        start=jit(f"{name}_start", plain.start, out_shardings=shardings),
-        extend=jit(name, plain.extend, donate_argnums=1, out_shardings=shardings),
-        take=jit(f"{name}_take", plain.take, out_shardings=shardings),
-    )
 
 
 def whole_batch(batch_size: int, count: int, mesh: Mesh) -> int:
