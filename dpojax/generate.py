@@ -27,6 +27,7 @@ from dpojax.data.tokenizers import Tokenizer
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, NumericsError
 from dpojax.evaluation.best_of import best_places, describe_choice, sft_row
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.loaded import (
     LOGPS_CHUNK_TOKENS,
     Loaded,
@@ -39,8 +40,6 @@ from dpojax.generation.loaded import (
 from dpojax.generation.open_model import OpenModel
 from dpojax.generation.sampler import (
     Response,
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

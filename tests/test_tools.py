@@ -17,7 +17,7 @@ from runs import ROOT, environment
 
 from dpojax import convert, generate, score
 from dpojax.data.open_tokenizer import load_tokenizer
-from dpojax.generation.sampler import SampleSettings, make_sampler
+from dpojax.generation.decoding import SampleSettings, make_sampler
 from dpojax.main import main
 from dpojax.runtime import sharding
 from dpojax.runtime.mesh import make_mesh

@@ -13,10 +13,9 @@ from dpojax.data.rollouts import Rollout, own_pairs, pack_rollouts, rollout_shap
 from dpojax.data.shapes import StepSizes
 from dpojax.data.token_groups import TokenPair
 from dpojax.errors import ConfigError
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.rewards import Rewards
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

@@ -11,9 +11,8 @@ from dpojax.data.open import Data
 from dpojax.data.open_tokenizer import stop_ids
 from dpojax.evaluation.samples import distinct_prompts
 from dpojax.evaluation.statistics import Interval, wilson
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

@@ -17,9 +17,8 @@ from dpojax.data.rollouts import lone, lone_batches, lone_shape
 from dpojax.data.row_plan import response_numbers
 from dpojax.errors import ConfigError
 from dpojax.evaluation.samples import distinct_prompts
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

@@ -14,10 +14,9 @@ from dpojax.data.open_tokenizer import stop_ids
 from dpojax.data.tokenizers import Tokenizer
 from dpojax.evaluation import statistics
 from dpojax.generation import rewards
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.rewards import reward_name
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

@@ -14,10 +14,9 @@ from dpojax.data.rollouts import Rollout, lone, lone_batches, lone_shape
 from dpojax.data.row_plan import by_response
 from dpojax.data.written import Writing
 from dpojax.errors import ConfigError, NumericsError
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.loaded import LOGPS_CHUNK_TOKENS, Loaded, Text, load_model, open_text
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

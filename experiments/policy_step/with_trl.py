@@ -7,6 +7,7 @@ import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,7 +27,7 @@ class Timer(TrainerCallback):
         seconds.append(time.perf_counter() - self.start)
 
 
-def length(completions, completion_ids, **kwargs):
+def length(completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> Any:
     """The reward: how many characters a response has."""
     tokens.append(sum(map(len, completion_ids)))
     return [float(len(text)) for text in completions]
@@ -53,9 +54,10 @@ arguments = GRPOConfig(
     logging_steps=1000,
     disable_tqdm=True,
 )
+reward: Any = length  # TRL gives it prompts as a keyword
 trainer = GRPOTrainer(
     model=model,
-    reward_funcs=length,
+    reward_funcs=reward,
     args=arguments,
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer,

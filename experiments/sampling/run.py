@@ -22,9 +22,8 @@ import transformers
 import dpojax
 from dpojax.data.records import open_records
 from dpojax.generation.batching import cache_width, pack_prompts
+from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.sampler import (
-    SampleSettings,
-    compile_sampler,
     draw,
     fetch_whole,
     prompt_width,

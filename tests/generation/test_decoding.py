@@ -16,10 +16,15 @@ from transformers_families import CASES, VOCAB, theirs
 
 from dpojax.config.model import SHARDING_RULES
 from dpojax.generation import batching
-from dpojax.generation.decoding import SampleSettings, draw_tokens, first_largest, make_sampler
-from dpojax.generation.sampler import (
+from dpojax.generation.decoding import (
     Sampler,
+    SampleSettings,
     compile_sampler,
+    draw_tokens,
+    first_largest,
+    make_sampler,
+)
+from dpojax.generation.sampler import (
     draw,
     fetch_whole,
     rows_put,
@@ -44,7 +49,8 @@ def settings_of(**changes) -> SampleSettings:
     plain: dict[str, Any] = dict(
         max_new_tokens=70, temperature=1.0, top_k=0, top_p=1.0, eos_ids=ENDS, pad_id=0
     )
-    return SampleSettings(**plain | {"num_samples": 3} | changes)
+    values: dict[str, Any] = plain | {"num_samples": 3} | changes
+    return SampleSettings(**values)
 
 
 def sample(model, params, prompts, settings, sampler=None, **changes):
@@ -66,7 +72,7 @@ def sample(model, params, prompts, settings, sampler=None, **changes):
 @functools.cache
 def plain_samples() -> list[list[int]]:
     """What the keys say, by the training forward of each whole text: no cache and no batch."""
-    keys = jax.random.wrap_key_data(sample_keys(3, len(PROMPTS), 3))
+    keys = jax.random.wrap_key_data(jnp.asarray(sample_keys(3, len(PROMPTS), 3)))
     categorical = jax.jit(
         lambda key, step, logps: jax.random.categorical(jax.random.fold_in(key, step), logps)
     )
@@ -117,7 +123,7 @@ def test_a_stop_string_ends_its_own_row_alone():
 def test_a_mesh_changes_no_sample():
     settings = settings_of()
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    options = dict(dtype="float32", param_dtype="float32", remat="none")
+    options: dict[str, Any] = dict(dtype="float32", param_dtype="float32", remat="none")
     model = place_decoder(tiny.CONFIG, mesh, SHARDING_RULES, **options)
     shardings = sharding.param_shardings(PARAMS, model.axes, mesh, SHARDING_RULES)
     params = jax.device_put(PARAMS, shardings)

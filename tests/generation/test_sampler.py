@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from dpojax.generation.decoding import filter_logits
+from dpojax.generation.decoding import Sampler, SampleSettings, filter_logits, make_sampler
 from dpojax.generation.sampler import (
-    Sampler,
-    SampleSettings,
     draw,
-    make_sampler,
 )
 from dpojax.generation.scorer import make_scorer, score_batches
 

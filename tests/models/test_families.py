@@ -17,7 +17,10 @@ import tiny
 from transformers_families import CASES, LENGTH, LLAMA3, SIZES, VOCAB, their_logits, theirs
 
 from dpojax.errors import ConfigError
-from dpojax.generation.sampler import Sampler, SampleSettings, draw, make_sampler
+from dpojax.generation.decoding import Sampler, SampleSettings, make_sampler
+from dpojax.generation.sampler import (
+    draw,
+)
 from dpojax.models.families.fields import NEUTRAL, REFUSED_EVERYWHERE, Fields
 from dpojax.models.families.table import FAMILIES
 from dpojax.training.rewards import make_rewards_step
