@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import model_folders
 import numpy as np
 import pytest
+import runs
 import tiny
 from jax.sharding import PartitionSpec
 from transformers_families import CASES, VOCAB, theirs
@@ -49,8 +51,8 @@ def settings_of(**changes) -> SampleSettings:
     plain: dict[str, Any] = dict(
         max_new_tokens=70, temperature=1.0, top_k=0, top_p=1.0, eos_ids=ENDS, pad_id=0
     )
-    values: dict[str, Any] = plain | {"num_samples": 3} | changes
-    return SampleSettings(**values)
+    options: dict[str, Any] = {**plain, "num_samples": 3, **changes}
+    return SampleSettings(**options)
 
 
 def sample(model, params, prompts, settings, sampler=None, **changes):
@@ -306,3 +308,22 @@ def test_few_sizes_are_compiled_and_none_is_much_too_large():
         assert batching.cache_width(tokens, 8192) in (64 * 2**k for k in range(8)) or tokens < 64
         assert tokens <= batching.cache_width(tokens, 8192)
     assert len({batching.rounded(n) for n in range(1024, 8192)}) <= 25
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(files, tmp_path):
+    sampling = {
+        "num_steps": 1,
+        "eval_every_steps": 1,
+        "sample.num_prompts": 6,
+        "sample.kl_prompts": 6,
+        "sample.max_new_tokens": 40,
+    }
+    runs.run(files, tmp_path / "one", **sampling)
+    started = runs.start_two(files, tmp_path / "two", **sampling)
+    outputs = [process.communicate(timeout=500)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    summaries = [json.loads((tmp_path / k / "summary.json").read_text()) for k in ("one", "two")]
+    one, two = ({k: s[k] for k in ("kl", "mean_length", "distinct_2")} for s in summaries)
+    # The KL is of log-probs, which reductions over two processes round otherwise.
+    assert one == pytest.approx(two, abs=1e-4)
