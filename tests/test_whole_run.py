@@ -288,7 +288,9 @@ def test_sft_a_cached_reference_sampling_with_a_reward_and_export_work_together(
     assert "tokens per second and device" in (tmp_path / "w/report.html").read_text()
     assert 0 <= summary["win_rate_low"] <= summary["win_rate"] <= summary["win_rate_high"] <= 1
     assert summary["kl"] >= -1 and summary["num_samples"] == 8
-    assert all(p["compiled"] + p["loaded"] == 1 for p in summary["programs"].values())
+    # A sampler has a program for each size that its batches shrink to, and no other has two.
+    opened = {name: p["compiled"] + p["loaded"] for name, p in summary["programs"].items()}
+    assert all(1 <= n <= (8 if name.startswith("sampler") else 1) for name, n in opened.items())
     assert [r["step"] for r in rows(tmp_path / "w") if "sft_loss" in r] == [1, 2, 3]
     # The export is a policy that another run starts from: its reference is what was trained here.
     again = {
