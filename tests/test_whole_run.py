@@ -288,9 +288,10 @@ def test_sft_a_cached_reference_sampling_with_a_reward_and_export_work_together(
     assert "tokens per second and device" in (tmp_path / "w/report.html").read_text()
     assert 0 <= summary["win_rate_low"] <= summary["win_rate"] <= summary["win_rate_high"] <= 1
     assert summary["kl"] >= -1 and summary["num_samples"] == 8
-    # A sampler has a program for each size that its batches shrink to, and no other has two.
+    # A sampler has a program for each size that its batches shrink to, if they do; others have one.
     opened = {name: p["compiled"] + p["loaded"] for name, p in summary["programs"].items()}
-    assert all(1 <= n <= (8 if name.startswith("sampler") else 1) for name, n in opened.items())
+    assert all(n <= 8 for name, n in opened.items() if name.startswith("sampler"))
+    assert all(n == 1 for name, n in opened.items() if not name.startswith("sampler"))
     assert [r["step"] for r in rows(tmp_path / "w") if "sft_loss" in r] == [1, 2, 3]
     # The export is a policy that another run starts from: its reference is what was trained here.
     again = {
