@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from dpojax.algorithms.face import Inputs
+from dpojax.config.schema import Config
 from dpojax.data.batches import step_positions
 from dpojax.data.open_tokenizer import stop_ids
 from dpojax.data.packing import PackedBatch, PackShape
@@ -55,6 +56,27 @@ def prompts_at_once(batch_size: int, num_prompts: int, num_samples: int, shards:
     """
     prompts = min(num_prompts, max(1, batch_size // num_samples))
     return -(-prompts // shards) * shards
+
+
+def sampled_shape(
+    config: Config,
+    *,
+    prompt_tokens: int,
+    num_prompts: int,
+    num_samples: int,
+    num_pairs: int,
+    num_shards: int,
+) -> PackShape:
+    """The rows of a step of so many prompts, whatever is sampled; a run's and a plan's."""
+    return rollout_shape(
+        prompt_tokens=prompt_tokens,
+        response_tokens=config.sample.max_new_tokens,
+        num_prompts=num_prompts,
+        num_samples=num_samples,
+        num_pairs=num_pairs,
+        num_shards=num_shards,
+        micro_batch_tokens=config.data.micro_batch_tokens,
+    )
 
 
 class OnlineBatches:
@@ -131,14 +153,13 @@ class OnlineBatches:
         self.sampler = compile_sampler(
             inputs.policy.model, self.settings, job.mesh, job.program, name="rollout"
         )
-        self.shape: PackShape = rollout_shape(
+        self.shape: PackShape = sampled_shape(
+            config,
             prompt_tokens=longest,
-            response_tokens=new_tokens,
             num_prompts=self.num_prompts,
             num_samples=num_samples,
             num_pairs=num_samples if num_pairs is None else num_pairs,
             num_shards=num_shards(job.mesh),
-            micro_batch_tokens=config.data.micro_batch_tokens,
         )
 
     def __call__(self, step: int, state: TrainState) -> tuple[PackedBatch, StepSizes]:

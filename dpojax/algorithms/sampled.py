@@ -7,11 +7,10 @@ import jax
 import numpy as np
 
 from dpojax.algorithms.face import Inputs, PlannedRollout, Start
-from dpojax.algorithms.online import prompts_at_once
+from dpojax.algorithms.online import prompts_at_once, sampled_shape
 from dpojax.algorithms.opening import PlannedTrees, open_sampler, planned_trees, start_adapters
 from dpojax.config.schema import Config
 from dpojax.data.packing import PackShape
-from dpojax.data.rollouts import rollout_shape
 from dpojax.data.shapes import Lengths
 from dpojax.evaluation.samples import Sampling
 from dpojax.generation.decoding import (
@@ -22,6 +21,7 @@ from dpojax.generation.decoding import (
 )
 from dpojax.generation.sampler import prompt_width
 from dpojax.models.placed import Policy, fitted
+from dpojax.runtime import sharding
 from dpojax.runtime.context import Job
 from dpojax.runtime.mesh import num_shards
 from dpojax.training.checksums import checksums, digest
@@ -132,23 +132,13 @@ def sampled_lengths(lengths: Lengths, config: Config, *, num_samples: int) -> Le
 
 def planned_shape(job: Job, lengths: Lengths, *, num_samples: int, num_pairs: int) -> PackShape:
     """The rows of a step of batch_size prompts, whatever is sampled."""
-    c = job.config
-    return rollout_shape(
+    return sampled_shape(
+        job.config,
         prompt_tokens=int(max(lengths.prompts)),
-        response_tokens=c.sample.max_new_tokens,
-        num_prompts=c.batch_size,
+        num_prompts=job.config.batch_size,
         num_samples=num_samples,
         num_pairs=num_pairs,
         num_shards=num_shards(job.mesh),
-        micro_batch_tokens=c.data.micro_batch_tokens,
-    )
-
-
-def placed(abstract: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs in these shardings, of which each may stand for a whole subtree."""
-    whole = jax.tree.broadcast(shardings, abstract)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, whole
     )
 
 
@@ -169,9 +159,9 @@ def planned_rollout(
     )
     sampler = make_sampler(policy.model, settings)
     compiled: Any = compile_sampler(policy.model, settings, job.mesh, job.program, name="rollout")
-    params = placed(policy.abstract, policy.shardings)
+    params = sharding.placed_shapes(policy.abstract, policy.shardings)
     serve = compiled.serve.compile(params)
-    served = placed(jax.eval_shape(sampler.serve, params), serve.output_shardings)
+    served = sharding.placed_shapes(jax.eval_shape(sampler.serve, params), serve.output_shardings)
     prompts = prompts_at_once(c.sample.batch_size, c.batch_size, num_samples, shards)
     width = prompt_width([[0] * int(max(lengths.prompts))])
     ids = jax.ShapeDtypeStruct((prompts, width), np.int32)
@@ -180,7 +170,7 @@ def planned_rollout(
     return PlannedRollout(
         program=compiled.extend,
         served=served,
-        decoding=placed(decoding, decoding_shardings(job.mesh)),
+        decoding=sharding.placed_shapes(decoding, decoding_shardings(job.mesh)),
         batches=-(-c.batch_size // prompts),
         tokens=c.sample.max_new_tokens,
     )

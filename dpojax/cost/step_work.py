@@ -86,12 +86,6 @@ def placed_bytes(placed: Any) -> float:
     return device_bytes(placed, jax.tree.map(lambda x: x.sharding, placed))
 
 
-def _placed(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-
-
 def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     """The step of the last stage of `config` on the topology's devices, as a run makes it, from
     shapes alone.
@@ -116,11 +110,11 @@ def prepare(config: Config, topology: Topology, lengths: str) -> Prepared:
     batch_shardings = sharding.batch_shardings(batch, mesh)
     frozen: dict[str, Any] = {"reference": None, "base": None}
     for role, (abstract, shardings) in step.frozen.items():
-        frozen[role] = _placed(abstract, shardings)
+        frozen[role] = sharding.placed_shapes(abstract, shardings)
     frozen |= {role: frozen[same] for role, same in step.shared.items()}
     details = jax.ShapeDtypeStruct((), np.bool_, sharding=job.replicated)
-    state = _placed(step.layout.abstract, step.layout.shardings)
-    arguments = (state, frozen, _placed(batch, batch_shardings), details)
+    state = sharding.placed_shapes(step.layout.abstract, step.layout.shardings)
+    arguments = (state, frozen, sharding.placed_shapes(batch, batch_shardings), details)
     memory = _state_memory(step.layout)
     host = 0.0
     for role, (abstract, shardings) in step.frozen.items():

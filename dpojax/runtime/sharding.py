@@ -228,3 +228,13 @@ class HeadSharding(NamedTuple):
                 if axes:
                     out[name] = move(out[name], dim, axes)
         return out
+
+
+def placed_shapes(abstract: Any, shardings: Any) -> Any:
+    """A tree of shapes as ShapeDtypeStructs in these shardings, of which each may stand for a whole
+    subtree.
+    """
+    whole = jax.tree.broadcast(shardings, abstract)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, whole
+    )
