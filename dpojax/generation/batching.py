@@ -21,11 +21,14 @@ def rounded(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def cache_width(longest: int, width: int) -> int:
-    """The prompt columns of a cache: `width`, or the least of its halves that holds the longest."""
-    while width % 2 == 0 and width // 2 >= longest:
-        width //= 2
-    return width
+def least_half(needed: int, whole: int) -> int:
+    """`whole`, or the least of its halves that holds what is needed.
+
+    The batches of a call have few sizes so, and share their programs.
+    """
+    while whole % 2 == 0 and whole // 2 >= needed:
+        whole //= 2
+    return whole
 
 
 class PackedPrompts(NamedTuple):
@@ -36,8 +39,14 @@ class PackedPrompts(NamedTuple):
     places: np.ndarray  # [R, P]; the column of each token of a prompt, L where there is none
 
 
+def row_tokens(lengths: Sequence[int], shards: int) -> int:
+    """The tokens of the fullest row of a batch of prompts of these lengths."""
+    each = len(lengths) // shards
+    return max(sum(lengths[i * each : (i + 1) * each]) for i in range(shards))
+
+
 def pack_prompts(
-    prompts: Sequence[Sequence[int]], *, shards: int, width: int, pad_id: int
+    prompts: Sequence[Sequence[int]], *, shards: int, width: int, pad_id: int, length: int = 0
 ) -> PackedPrompts:
     """Prompts one behind the other, without padding between them.
 
@@ -45,10 +54,10 @@ def pack_prompts(
 
     Args:
       width: P, at least the longest prompt.
+      length: L, at least the tokens of each row; 0: `rounded` ones.
     """
     each = len(prompts) // shards
-    totals = [sum(map(len, prompts[i * each : (i + 1) * each])) for i in range(shards)]
-    length = rounded(max(totals))
+    length = length or rounded(row_tokens(list(map(len, prompts)), shards))
     tokens = np.full((shards, length), pad_id, np.int32)
     group = np.zeros((shards, length), np.int32)
     places = np.full((len(prompts), width), length, np.int32)

@@ -16,10 +16,12 @@ from jaxtyping import Array
 
 from dpojax.generation.batching import (
     batch_order,
-    cache_width,
     compacted,
     first_places,
+    least_half,
     pack_prompts,
+    rounded,
+    row_tokens,
 )
 from dpojax.generation.decoding import (
     Decoding,
@@ -182,12 +184,16 @@ def draw(  # noqa: PLR0913  # settings of several kinds, by keyword
     rollout = Rollout(sampler, sampler.serve(params), settings, shards, put, fetch, stopped)
     responses: list[Any] = [None] * (len(prompts) * each)
     finished = 0
-    for numbers in batch_order(lengths, batch_size=batch_size, shards=shards):
+    batches = batch_order(lengths, batch_size=batch_size, shards=shards)
+    totals = [row_tokens([lengths[i] for i in numbers], shards) for numbers in batches]
+    whole = rounded(max(totals, default=0))
+    for numbers, total in zip(batches, totals, strict=True):
         packed = pack_prompts(
             [prompts[i] for i in numbers],
             shards=shards,
-            width=cache_width(max(lengths[i] for i in numbers), width),
+            width=least_half(max(lengths[i] for i in numbers), width),
             pad_id=settings.pad_id,
+            length=least_half(total, whole),
         )
         decoding = sampler.start(
             params,

@@ -21,7 +21,7 @@ import transformers
 
 import dpojax
 from dpojax.data.records import open_records
-from dpojax.generation.batching import cache_width, pack_prompts
+from dpojax.generation.batching import least_half, pack_prompts
 from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.sampler import (
     draw,
@@ -131,7 +131,7 @@ class Ours:
 
     def cache_bytes(self, setting: Setting, prompts: list[list[int]]) -> int:
         """What the cache takes, of prompts and samples."""
-        width = cache_width(max(map(len, prompts)), prompt_width(prompts))
+        width = least_half(max(map(len, prompts)), prompt_width(prompts))
         packed = pack_prompts(prompts, shards=1, width=width, pad_id=0)
         keys = np.zeros((setting.prompts * setting.samples, 2), np.uint32)
         arrays = (packed.tokens, packed.group, keys, packed.places)

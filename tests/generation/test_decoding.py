@@ -305,8 +305,8 @@ def test_few_sizes_are_compiled_and_none_is_much_too_large():
     for tokens in range(1, 5000, 7):
         size = batching.rounded(tokens)
         assert tokens <= size <= tokens * 9 / 8 + 64
-        assert batching.cache_width(tokens, 8192) in (64 * 2**k for k in range(8)) or tokens < 64
-        assert tokens <= batching.cache_width(tokens, 8192)
+        assert batching.least_half(tokens, 8192) in (64 * 2**k for k in range(8)) or tokens < 64
+        assert tokens <= batching.least_half(tokens, 8192)
     assert len({batching.rounded(n) for n in range(1024, 8192)}) <= 25
 
 
