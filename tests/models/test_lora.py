@@ -66,6 +66,7 @@ def adapters(config=tiny.CONFIG, targets="*", *, moved=False, seed=0):
 
 
 def logits(model, params, ids):
+    ids = jnp.asarray(ids)
     one = jnp.ones_like(ids)
     return model.unembed(
         model.head(params), model.hidden_states(params, ids, jnp.cumsum(one, 1) - 1, one, 0 * one)

@@ -10,20 +10,14 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-from runs import ROOT, command, numbers, start
+from runs import ROOT, command, numbers, own_cache_environment, start
 
 from dpojax.runtime.compiled import Program, news, totals
 
 
-def cached_run(files, workdir, home, **more):
+def cached_run(files, workdir, home):
     """A run as a user starts it, with the user's cache directory at `home`; its output."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
-    }
-    flags = "--xla_force_host_platform_device_count=1"
-    env |= {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **more}
+    env = own_cache_environment(home)
     done = subprocess.run(
         command(files, workdir), env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -78,12 +72,7 @@ print([float(p(jnp.ones((8, 8))).sum()) for p in made], [p.compiled for p in mad
 
 
 def test_damaged_and_cut_off_programs_are_compiled_and_written_anew(tmp_path):
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
-    }
-    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = own_cache_environment(tmp_path)
 
     def three():
         argv = [sys.executable, "-c", THREE]
@@ -110,13 +99,7 @@ def test_damaged_and_cut_off_programs_are_compiled_and_written_anew(tmp_path):
 
 @pytest.mark.slow
 def test_runs_at_once_share_the_folder(plain, files, tmp_path):
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
-    }
-    flags = "--xla_force_host_platform_device_count=1"
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = own_cache_environment(tmp_path / "home")
     started = [start(files, tmp_path / str(i), env) for i in range(2)]
     outputs = [p.communicate(timeout=300)[0] for p in started]
     assert [p.returncode for p in started] == [0, 0], outputs

@@ -100,6 +100,17 @@ def environment(devices=1, **more):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
+def own_cache_environment(home: pathlib.Path) -> dict[str, str]:
+    """Of a run whose user's cache directory is `home`, so that what it compiles lies there.
+
+    The flags of compiling are those of every run: two emitters differ in the last digit.
+    """
+    told = environment(1, XDG_CACHE_HOME=str(home))
+    return {
+        k: v for k, v in told.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
+
+
 def run(files, workdir, *, devices: Any = 1, code: Any = 0, flags: Any = (), **changes: Any):
     done = subprocess.run(
         [*command(files, workdir, **changes), *flags],
