@@ -253,7 +253,7 @@ def get_config() -> ConfigDict:
 
     c.sample = ConfigDict()
     c.sample.num_prompts = 16
-    # of these, that every evaluation samples for the on-policy KL; 0: none
+    # of these, that every evaluation samples for the on-policy KL and reward; 0: none
     c.sample.kl_prompts = 0
     c.sample.max_new_tokens = 128
     c.sample.batch_size = 128

@@ -18,6 +18,7 @@ from dpojax.algorithms.policy_gradient import is_wanted
 from dpojax.algorithms.rewards import open_rewards
 from dpojax.algorithms.sampled import (
     SampledPolicy,
+    heldout_hooks,
     open_sampled,
     plan_trees,
     planned_rollout,
@@ -29,6 +30,8 @@ from dpojax.algorithms.simple import stage_fingerprints, stage_meta
 from dpojax.data.shapes import Lengths
 from dpojax.data.token_groups import TokenPair
 from dpojax.errors import ConfigError
+from dpojax.evaluation.on_policy import on_policy_panels
+from dpojax.evaluation.pass_rate import pass_rate_panel
 from dpojax.models.placed import Policy, fitted
 from dpojax.runtime.context import Job
 from dpojax.training.checkpoint import Checkpoints
@@ -42,6 +45,8 @@ NAME = "online_dpo"
 PREFIX = f"{NAME}_"
 
 PANELS = (
+    pass_rate_panel(PREFIX),
+    *on_policy_panels(PREFIX),
     Panel("online DPO: loss", (Line(f"{PREFIX}loss", "train"),)),
     Panel(
         "online DPO: label agrees with the implicit reward",
@@ -171,6 +176,7 @@ def open_online_dpo(job: Job, inputs: Inputs, start: Start) -> OpenStage:
         epoch_groups=len(inputs.data.train_index.rows),
         flops=step_flops(opened.trained.config, 4 if with_reference else 3),
         guard=Guard(),
+        hooks=heldout_hooks(job, inputs, opened, prefix=PREFIX),
     )
     params = opened.params
     opened = opened._replace(params=None)  # the state takes their memory

@@ -22,6 +22,7 @@ from dpojax.algorithms.reward_model import reward_config, with_scalar_head
 from dpojax.algorithms.rewards import open_rewards
 from dpojax.algorithms.sampled import (
     SampledPolicy,
+    heldout_hooks,
     open_sampled,
     plan_trees,
     planned_rollout,
@@ -35,7 +36,8 @@ from dpojax.data.open import Data
 from dpojax.data.packing import PackShape
 from dpojax.data.shapes import Lengths
 from dpojax.errors import ConfigError
-from dpojax.evaluation.pass_rate import pass_rate_hooks, pass_rate_panel
+from dpojax.evaluation.on_policy import on_policy_panels
+from dpojax.evaluation.pass_rate import pass_rate_panel
 from dpojax.models.placed import Policy, describe, fitted
 from dpojax.objectives.policy_loss import PolicyLoss
 from dpojax.runtime.compiled import Program
@@ -58,6 +60,7 @@ PREFIX = f"{NAME}_"
 
 PANELS = (
     pass_rate_panel(PREFIX),
+    *on_policy_panels(PREFIX),
     Panel("reward of the samples", (Line(f"{PREFIX}objective/scores", "train"),)),
     Panel("KL to the reference, nats", (Line(f"{PREFIX}objective/kl", "train"),)),
     Panel("response length, tokens", (Line(f"{PREFIX}completions/mean_length", "train"),)),
@@ -283,11 +286,7 @@ def gradient_stage(
         flops=step_flops(opened.trained.config, useful_passes(c)),
         unit="responses",
         guard=Guard(),
-        hooks=list(
-            pass_rate_hooks(
-                job, data, opened.policy, prefix=PREFIX, num_steps=c.num_steps, full=opened.full
-            )
-        ),
+        hooks=heldout_hooks(job, inputs, opened, prefix=PREFIX),
     )
 
 

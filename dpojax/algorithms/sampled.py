@@ -12,6 +12,8 @@ from dpojax.algorithms.opening import PlannedTrees, open_sampler, planned_trees,
 from dpojax.config.schema import Config
 from dpojax.data.packing import PackShape
 from dpojax.data.shapes import Lengths
+from dpojax.evaluation.on_policy import OnPolicy, OnPolicyHook
+from dpojax.evaluation.pass_rate import pass_rate_hooks
 from dpojax.evaluation.samples import Sampling
 from dpojax.generation.decoding import (
     SampleSettings,
@@ -27,6 +29,7 @@ from dpojax.runtime.mesh import num_shards
 from dpojax.training.checksums import checksums, digest
 from dpojax.training.findings import Findings
 from dpojax.training.gradients import full_params
+from dpojax.training.stage import Hook
 from dpojax.training.state import TrainState
 from dpojax.weights.reference import open_frozen, reference_params
 
@@ -89,6 +92,28 @@ def open_sampled(
 def _reference(job: Job, inputs: Inputs, params: Any) -> Any:
     c = job.config.reference
     return open_frozen(job, inputs.policy, params, c.dtype, c.rules, c.memory)
+
+
+def heldout_hooks(job: Job, inputs: Inputs, opened: SampledPolicy, *, prefix: str) -> list[Hook]:
+    """What measures a policy on held-out prompts while it trains: pass@1 where answers can be
+    verified, KL and reward of its own answers where sample.kl_prompts asks for them.
+
+    Args:
+      prefix: of the stage's keys in metrics.jsonl.
+    """
+    c = job.config
+    hooks = pass_rate_hooks(
+        job, inputs.data, opened.policy, prefix=prefix, num_steps=c.num_steps, full=opened.full
+    )
+    sampler = opened.sampler
+    reference = opened.frozen["reference"]
+    if sampler is None or reference is None or not c.sample.kl_prompts:
+        return [*hooks]
+
+    def measure(trained: Any) -> OnPolicy:
+        return sampler.on_policy(opened.full(trained), reference)
+
+    return [*hooks, OnPolicyHook(job, measure, prefix=prefix, num_steps=c.num_steps)]
 
 
 def sampled_findings(

@@ -194,7 +194,7 @@ class SampleConfig:
 
     num_prompts: CountOrZero  # held-out prompts that policy and reference answer; 0 = none
     kl_prompts: CountOrZero
-    # of these, that every evaluation samples for the on-policy KL; 0 = none
+    # of these, that every evaluation samples for the on-policy KL and reward; 0 = none
     max_new_tokens: Count  # of a response, EOS included
     batch_size: Count  # responses drawn at a time
     temperature: float  # 0 = greedy

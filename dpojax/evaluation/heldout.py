@@ -10,6 +10,7 @@ from dpojax.data.batches import PackGroups, eval_batches
 from dpojax.data.packing import PackedBatch
 from dpojax.data.sources import Part
 from dpojax.errors import NumericsError
+from dpojax.evaluation.on_policy import write_on_policy
 from dpojax.evaluation.samples import Sampling
 from dpojax.models.decoder import Model
 from dpojax.objectives.loss import Loss
@@ -91,20 +92,20 @@ class HeldOutPairs(Hook):
         shift = state.memory["reward_mean"]
         self.results = evaluate_pairs(job, self.program, params, ref, shift, self.pack, self.groups)
         self.scalars = eval_scalars(self.results, self.loss, self.parts)
-        kl = ""
+        own = ""
+        sampled = None
         if self.sampler is not None and ref is not None:
-            value, error = self.sampler.kl(params, ref)
-            self.scalars |= {
-                "eval_on_policy_kl": value,
-                "eval_on_policy_kl_standard_error": error,
-            }
-            kl = f"  KL {value:.2f} ± {error:.2f} ({self.sampler.kl_count} prompts)"
+            sampled = self.sampler.on_policy(params, ref)
+            self.scalars |= sampled.scalars()
+            own = f"  {sampled.words()}"
         if log:
             job.log.write(step, self.scalars)
+            if sampled is not None:
+                write_on_policy(job, step, sampled)
         unit = "responses" if self.loss.unpaired else "pairs"
         job.say(
             f"eval {step}  loss {self.scalars['eval_loss']:.4f}"
-            f"{accuracy_and_margin(self.scalars, 'eval_')}{kl}  on {len(self.results.loss)}"
+            f"{accuracy_and_margin(self.scalars, 'eval_')}{own}  on {len(self.results.loss)}"
             f" held-out {unit}"
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from dpojax.data.batches import PackGroups, eval_batches
 from dpojax.data.sources import Part
 from dpojax.evaluation.heldout import eval_scalars, make_eval_step
+from dpojax.evaluation.on_policy import write_on_policy
 from dpojax.evaluation.samples import Sampling
 from dpojax.models.decoder import Model
 from dpojax.models.lora import join
@@ -101,19 +102,21 @@ class HeldOutRuns(Hook):
         self._score(state)
         for n, job in enumerate(self.jobs):
             scalars = self.scalars[n]
-            kl = ""
+            own = ""
+            sampled = None
             reference = self.frozen["reference"]
             if self.kl is not None and reference is not None:
                 sampler, policy = self.kl
-                value, error = sampler.kl(policy(state, n), reference)
-                scalars["eval_on_policy_kl"] = value
-                scalars["eval_on_policy_kl_standard_error"] = error
-                kl = f"  KL {value:.2f}"
+                sampled = sampler.on_policy(policy(state, n), reference)
+                scalars |= sampled.scalars()
+                own = f"  {sampled.words()}"
             if log:
                 job.log.write(step, scalars)
+                if sampled is not None:
+                    write_on_policy(job, step, sampled)
             self.job.say(
                 f"eval {step}  {job.workdir.name}: loss {scalars['eval_loss']:.4f}"
-                f"{accuracy_and_margin(scalars, 'eval_')}{kl}"
+                f"{accuracy_and_margin(scalars, 'eval_')}{own}"
             )
 
     def _score(self, state: TrainState) -> None:

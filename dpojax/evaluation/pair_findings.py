@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpojax.config.schema import Config, resolved_mode
+from dpojax.evaluation.on_policy import on_policy_panels
 from dpojax.evaluation.plots import plot_heldout
 from dpojax.evaluation.statistics import wilson
 from dpojax.training.findings import (
@@ -48,11 +49,7 @@ PANELS = (
         ),
     ),
     Panel("gradient norm", (Line("grad_norm", "train"),)),
-    Panel(
-        "on-policy KL(policy || reference), nats",
-        (Line("eval_on_policy_kl", "held-out prompts", EVAL_COLOR),),
-        error="eval_on_policy_kl_standard_error",
-    ),
+    *on_policy_panels(""),
     Panel(
         "displacement: share of chosen that fell",
         (Line("displacement", "train"), Line("eval_displacement", "held out", EVAL_COLOR)),

@@ -51,6 +51,13 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
     return [x for x, _ in points], [y for _, y in points]
 
 
+def measured(panels: Sequence[Panel], rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """The panels of which a run has numbers; all of them, where it has none of any."""
+    keys = {key for row in rows for key, value in row.items() if value is not None}
+    found = [panel for panel in panels if any(line.key in keys for line in panel.lines)]
+    return found or list(panels)
+
+
 def filled(panels: Sequence[Panel], prefix: str) -> tuple[Panel, ...]:
     """The panels, with the learning rate of a stage where that fills the last row.
 

@@ -9,7 +9,7 @@ import jinja2
 
 from dpojax.config.load import to_dict
 from dpojax.config.schema import Config
-from dpojax.evaluation.plots import filled, plot_curves, plot_samples, png
+from dpojax.evaluation.plots import filled, measured, plot_curves, plot_samples, png
 from dpojax.runtime.log import duration
 from dpojax.training.findings import Before, Card, Findings, Panel
 
@@ -226,7 +226,7 @@ def render_report(
         title=findings.title,
         subtitle=" · ".join([*findings.settings, steps, f"seed {config.seed}"]),
         cards=_cards(summary, findings),
-        curves=png(plot_curves(rows, filled(panels, prefix))),
+        curves=png(plot_curves(rows, filled(measured(panels, rows), prefix))),
         curves_note=findings.note,
         sections=sections,
         samples=_sample_table(samples, SHOWN) if samples else [],

@@ -13,6 +13,7 @@ from dpojax.data.open import Data
 from dpojax.data.open_tokenizer import stop_ids
 from dpojax.data.tokenizers import Tokenizer
 from dpojax.evaluation import statistics
+from dpojax.evaluation.on_policy import OnPolicy
 from dpojax.generation import rewards
 from dpojax.generation.decoding import SampleSettings, compile_sampler
 from dpojax.generation.rewards import reward_name
@@ -84,14 +85,9 @@ class Sampling:
         c = self.job.config.sample
         return (c.temperature, c.top_k, c.top_p) == (1.0, 0, 1.0)
 
-    @property
-    def kl_count(self) -> int:
-        """How many prompts `kl` samples."""
-        return min(self.job.config.sample.kl_prompts, len(self.prompts))
-
-    def kl(self, params, ref) -> tuple[float, float]:
-        """On-policy KL(policy || reference) and its standard error, nats, over the first
-        sample.kl_prompts prompts.
+    def on_policy(self, params, ref) -> OnPolicy:
+        """The KL to the reference, and the reward where there is one, of the policy's own samples
+        to the first sample.kl_prompts prompts.
         """
         prompts = self.prompts[: self.job.config.sample.kl_prompts]
         options = dict(
@@ -100,9 +96,26 @@ class Sampling:
         drawn = draw(
             self.own_sampler, params, prompts, **options, **self.common, shards=self.shards
         )
-        return statistics.mean_with_error(
-            self._log_ratio(params, ref, prompts, [r.ids for r in drawn])
+        ids = [response.ids for response in drawn]
+        reward = None
+        if reward_name(self.job.config):
+            texts = self._texts(ids)
+            reward = np.asarray(_scores(self.job, self._asked(len(prompts)), texts))
+        return OnPolicy(
+            log_ratio=self._log_ratio(params, ref, prompts, ids),
+            length=np.array([len(response) for response in ids]),
+            reward=reward,
         )
+
+    def _texts(self, responses: Sequence[list[int]]) -> list[str]:
+        """What was answered, without the end of sequence."""
+        tokenizer = self.tokenizer
+        return [tokenizer.decode(_without_eos(ids, tokenizer)) for ids in responses]
+
+    def _asked(self, count: int) -> list[str]:
+        """The first prompts as their rows give them."""
+        asked = (self.eval_data.text_group(row).prompt for row in self.rows[:count])
+        return [p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked]
 
     def _log_ratio(self, params, ref, prompts, responses) -> np.ndarray:
         score = functools.partial(
@@ -147,17 +160,13 @@ class Sampling:
             sampled[name] = [response.ids for response in drawn]
             progress.close(f"{sum(map(len, sampled[name])):,} tokens")
         self._of_reference = (ref, sampled["reference"])
-        texts = {
-            name: [tokenizer.decode(_without_eos(r, tokenizer)) for r in ids]
-            for name, ids in sampled.items()
-        }
+        texts = {name: self._texts(ids) for name, ids in sampled.items()}
         result = {
             "prompts": [tokenizer.decode(p) for p in self.prompts],
             "texts": texts,
             "ids": sampled,
         }
-        asked = (self.eval_data.text_group(row).prompt for row in self.rows)
-        result["prompt_texts"] = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked]
+        result["prompt_texts"] = self._asked(len(self.rows))
         if self.from_the_policy:
             log_ratio = self._log_ratio(params, ref, self.prompts, sampled["policy"])
             result["kl"], result["kl_error"] = statistics.mean_with_error(log_ratio.tolist())
@@ -181,6 +190,13 @@ def _without_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
 
+def _scores(job: Job, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """The responses' scores by sample.reward, or by the embedded world's own reward."""
+    spec = reward_name(job.config)
+    scores = rewards.load_reward(spec)(prompts, responses)
+    return rewards.check_scores(spec, scores, len(responses))
+
+
 def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
     """Length, diversity and KL of the samples, and the win rate where there is a reward."""
     ids = samples["ids"]
@@ -195,13 +211,8 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
     if "kl" in samples:
         found |= {"kl": samples["kl"], "kl_standard_error": samples["kl_error"]}
     if reward_name(job.config):
-        spec = reward_name(job.config)
-        reward = rewards.load_reward(spec)
-        judged = {name: reward(samples["prompt_texts"], samples["texts"][name]) for name in ids}
-        scores = {
-            name: rewards.check_scores(spec, values, len(ids["policy"]))
-            for name, values in judged.items()
-        }
+        prompts = samples["prompt_texts"]
+        scores = {name: _scores(job, prompts, samples["texts"][name]) for name in ids}
         rate = statistics.win_rate(scores["policy"], scores["reference"])
         difference = lengths["policy"] - lengths["reference"]
         found |= {
