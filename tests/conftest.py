@@ -9,10 +9,9 @@ import tempfile
 
 import runs  # imports no jax
 
-# LLVM's optimizations are left out here; runs in processes of their own have them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + " --xla_force_host_platform_device_count=8 "
     + runs.QUICK_COMPILING
 )
 # Tests of accelerators take their device and compare with the CPU of the same process.

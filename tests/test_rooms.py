@@ -25,7 +25,7 @@ ORDER = (
     ("cost", "whole_run", "own_loop"),
     ("command_line",),
 )
-COMMANDS = ("main", "audit", "generate", "score", "convert", "sweep", "plan")
+COMMANDS = ("main", "audit", "generate", "score", "compare", "convert", "sweep", "plan")
 # The names that `import dpojax` gives, thin and without a room.
 NAMES = ("__init__", "losses", "exact", "configs")
 # Rooms of one file.

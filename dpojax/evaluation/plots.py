@@ -26,7 +26,7 @@ matplotlib.use("Agg")  # before pyplot: no display is needed
 GREY = "#777777"
 COLUMNS = 3
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -1,25 +1,17 @@
 """Metrics, findings and samples -> one self-contained report.html. Process 0 only."""
 
-import importlib.resources
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
-from dpojax.config.load import to_dict
+from dpojax.config.load import flat_settings, load_config_file, to_dict
 from dpojax.config.schema import Config
+from dpojax.evaluation.pages import page_template
 from dpojax.evaluation.plots import filled, measured, plot_curves, plot_samples, png
 from dpojax.runtime.log import duration
 from dpojax.training.findings import Before, Card, Findings, Panel
 
 SHOWN = 12  # samples that are printed side by side
-
-
-def _page() -> jinja2.Template:
-    source = importlib.resources.files("dpojax.evaluation").joinpath("report.html.jinja")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(source.read_text(encoding="utf-8"))
 
 
 def _cards(summary: dict[str, Any], findings: Findings) -> list[Card]:
@@ -197,6 +189,20 @@ def _data_rows(summary: dict[str, Any]) -> list[tuple[str, int, int]]:
     ]
 
 
+def _changed(config: Config) -> list[tuple[str, str, str]]:
+    """The settings that are not the defaults of configs/base.py: (name, value, default)."""
+    defaults = flat_settings(load_config_file("base").to_dict())
+    return [
+        (key, _told(value), _told(defaults.get(key)))
+        for key, value in flat_settings(to_dict(config)).items()
+        if value != defaults.get(key)
+    ]
+
+
+def _told(value: Any) -> str:
+    return "unset" if value in (None, "") else str(value)
+
+
 def render_report(
     name: str,
     config: Config,
@@ -221,7 +227,7 @@ def render_report(
     sections = [
         section._asdict() | {"figure": png(section.figure)} for section in findings.sections
     ]
-    return _page().render(
+    return page_template("report.html.jinja").render(
         name=name,
         title=findings.title,
         subtitle=" · ".join([*findings.settings, steps, f"seed {config.seed}"]),
@@ -239,5 +245,6 @@ def render_report(
         cost_rows=_cost_rows(summary, rows),
         data_rows=_data_rows(summary),
         program_rows=_program_rows(summary["programs"]),
+        changed=_changed(config),
         config=json.dumps(to_dict(config), indent=2),
     )

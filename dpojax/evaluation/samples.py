@@ -229,6 +229,21 @@ def judge_samples(job: Job, samples: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def sample_rows(samples: dict[str, Any]) -> list[dict[str, Any]]:
+    """The samples as rows of WORKDIR/samples.jsonl: what `dpojax.compare` pairs by prompt."""
+    rows = []
+    scores = samples.get("scores")
+    for i, prompt in enumerate(samples["prompt_texts"]):
+        row: dict[str, Any] = {"prompt": prompt}
+        for name in samples["ids"]:
+            row[name] = samples["texts"][name][i]
+            row[f"{name}_tokens"] = len(samples["ids"][name][i])
+            if scores is not None:
+                row[f"{name}_score"] = scores[name][i]
+        rows.append(row)
+    return rows
+
+
 def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
     """Distinct n-grams over all n-grams of the responses (Li et al. 2016, arXiv:1510.03055)."""
     grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]

@@ -15,7 +15,7 @@ import jax
 import dpojax
 from dpojax.data.open import Data
 from dpojax.evaluation import report
-from dpojax.evaluation.samples import judge_samples
+from dpojax.evaluation.samples import judge_samples, sample_rows
 from dpojax.models.config import ModelConfig
 from dpojax.models.params import num_params
 from dpojax.runtime import compiled
@@ -60,6 +60,9 @@ def finish_run(job: Job, data: Data, model: ModelConfig, finished: Finished) -> 
     }
     if job.main_process:
         job.write_file("summary.json", finite_json(summary, indent=2) + "\n")
+        if findings.samples:
+            lines = [finite_json(row) + "\n" for row in sample_rows(findings.samples)]
+            job.write_file("samples.jsonl", "".join(lines))
         rows = job.log.rows()
         page = report.render_report(
             job.workdir.name, job.config, summary, rows, findings, finished.panels

@@ -54,6 +54,7 @@ def stop_and_resume(files, workdir, **changes):
     assert "resumed at step" in run(files, workdir, **changes)
 
 
+@pytest.mark.slow
 def test_kto_trains_on_labelled_responses(kto, files, unpaired):
     workdir, output = kto
     assert [r["step"] for r in rows(workdir) if "loss" in r] == [1, 2, 3, 4, 5, 6]

@@ -171,7 +171,14 @@ def test_a_packed_step_has_the_exact_gradient_of_reward_minus_kl(model, params, 
     assert_trees_close(grads[POLICY], jax.tree.map(jnp.negative, want), atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("preset", ["rloo", "grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "rloo",
+        "grpo",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "dapo", "gspo")),
+    ],
+)
 def test_a_step_is_the_loss_on_arrays_of_plain_sequences(model, params, ref_params, preset):
     groups = rollouts(seed=3)
     settings: dict[str, Any] = {"beta": 0.2}
@@ -198,9 +205,9 @@ def test_a_step_is_the_loss_on_arrays_of_plain_sequences(model, params, ref_para
 
 def marks_of(name):
     """Presets that share their code with a faster one are left to the exhaustive run."""
-    if name in ("rloo", "grpo"):
+    if name == "rloo":
         return []
-    return [pytest.mark.slow] + [pytest.mark.exhaustive] * (name != "ppo")
+    return [pytest.mark.slow] + [pytest.mark.exhaustive] * (name not in ("grpo", "ppo"))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +336,7 @@ def test_ppos_value_is_read_at_the_token_before_and_its_targets_are_gae(model, p
         np.testing.assert_allclose(rollout.returns[row, : len(response)], returns, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_epochs_reuse_the_samples_and_a_step_counts_once(model, params, ref_params):
     critic, value_params = make_critic(target_kl=0.01)
     gradients = gradients_of(model, "ppo", critic=critic, beta=0.1, epochs=3)

@@ -109,6 +109,7 @@ def test_collectives_count_as_often_as_their_loops_run():
 
 
 @needs_tpu_compiler
+@pytest.mark.slow
 def test_a_plan_over_slices_says_what_travels_between_them(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL_LLAMA))
     config = load_config_file("configs/llama3_8b.py")
@@ -167,6 +168,7 @@ def test_kernels_compile_for_tpus_on_a_mesh():
 
 
 @needs_tpu_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("remat, passes", [("full", 2), ("attention", 1), ("dots_offload", 1)])
 def test_remat_policies_keep_splashs_attention(remat, passes):
     """How often attention's forward pass is in the compiled program of a gradient."""

@@ -94,6 +94,7 @@ def test_every_number_of_blocks_has_a_span_that_holds_it_and_little_more(most):
         assert n <= min(s for s in sizes if s >= n) <= max(n, n * 1.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 150])
 def test_blocks_equal_the_rule_where_groups_are_many_blocks_long(window):
     """Spans of more blocks than are needed, at both ends of a row, behind padding and across rows
@@ -120,7 +121,10 @@ def test_blocks_equal_the_rule_where_groups_are_many_blocks_long(window):
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 4.0)])
-@pytest.mark.parametrize("responses", [1, 2, 3])
+@pytest.mark.parametrize(
+    "responses",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_splash_lanes_equal_the_rule(heads, window, softcap, responses):
     if (heads != (4, 2) and (window or softcap)) or (responses == 1 and heads != (4, 2)):
         pytest.skip("interpreted kernels are slow: one thing at a time")
@@ -370,7 +374,7 @@ def test_the_heads_products_are_of_bfloat16_in_both_passes(tied):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=2, tensor=1, sequence=4)]
 )

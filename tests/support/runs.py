@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Most of a test's time is compiling. The older emitter compiles a program in half the time of the
-# new one, in one piece in less than in several; newer jaxlibs know no older one.
-QUICK_COMPILING = "--xla_cpu_parallel_codegen_split_count=1"
+# Most of a test's time is compiling. Without LLVM's optimisations it takes half the time, in one
+# piece less than in several, and by the older emitter, which newer jaxlibs do not know, half again.
+QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     QUICK_COMPILING += " --xla_cpu_use_fusion_emitters=false"
 SMALL = {

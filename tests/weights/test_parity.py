@@ -59,6 +59,7 @@ def train(shared_data, workdir, **changes):
     return [r for r in rows if "loss" in r]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSS)
 def test_twenty_steps_follow_trl(shared_data, tmp_path, name):
     found = train(shared_data, tmp_path, **LOSS[name])

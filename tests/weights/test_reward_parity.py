@@ -20,6 +20,7 @@ def classifier(shared_data, tmp_path):
     return make_classifier(shared_data / "models/TinyStories-656K", tmp_path / "classifier")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FROZEN)
 def test_twenty_steps_follow_trl(shared_data, classifier, tmp_path, name):
     rows = shared_data / "hh/token_rows.jsonl"
