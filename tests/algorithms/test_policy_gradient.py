@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import optax
 import pytest
@@ -173,11 +174,7 @@ def test_a_packed_step_has_the_exact_gradient_of_reward_minus_kl(model, params, 
 
 @pytest.mark.parametrize(
     "preset",
-    [
-        "rloo",
-        "grpo",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "dapo", "gspo")),
-    ],
+    marks.cases(["rloo", "grpo"], ["dr_grpo", "dapo", "gspo"]),
 )
 def test_a_step_is_the_loss_on_arrays_of_plain_sequences(model, params, ref_params, preset):
     groups = rollouts(seed=3)

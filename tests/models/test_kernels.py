@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 import tiny
@@ -123,7 +124,7 @@ def test_blocks_equal_the_rule_where_groups_are_many_blocks_long(window):
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 4.0)])
 @pytest.mark.parametrize(
     "responses",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+    marks.cases([2], [1, 3]),
 )
 def test_splash_lanes_equal_the_rule(heads, window, softcap, responses):
     if (heads != (4, 2) and (window or softcap)) or (responses == 1 and heads != (4, 2)):
@@ -374,7 +375,7 @@ def test_the_heads_products_are_of_bfloat16_in_both_passes(tied):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tied", marks.cases([True], [False]))
 @pytest.mark.parametrize(
     "mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=2, tensor=1, sequence=4)]
 )

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import marks
 import numpy as np
 import optax
 import pytest
@@ -142,9 +143,7 @@ def _population(preferences: np.ndarray):
     return tiny.pack(made, row_tokens=64, shard_rows=2)[0]
 
 
-@pytest.mark.parametrize(
-    "beta", [0.1, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.5, 1.0))]
-)
+@pytest.mark.parametrize("beta", marks.cases([0.1], [0.5, 1.0]))
 def test_dpo_takes_a_transformer_to_the_exact_optimum(beta):
     """The trainer's own step on population labels: total variation to pi* under 0.01 for every
     prompt.

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import objective_cases as cases
 import optax
@@ -179,11 +180,7 @@ def test_heads_end_at_the_shorter_response_of_each_pair():
 
 @pytest.mark.parametrize(
     "label",
-    [
-        "sigmoid",
-        "tdpo2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wpo", "ld_dpo")),
-    ],
+    marks.cases(["sigmoid", "tdpo2"], ["wpo", "ld_dpo"]),
 )
 def test_two_passes_give_the_gradient_of_one(label):
     case = cases.CASES[label]
