@@ -16,6 +16,7 @@ from runs import checksums, numbers, run, sampled_settings, start, stop_at
 
 from dpojax.data.rollouts import own_pairs
 from dpojax.data.token_groups import TokenGroup
+from dpojax.evaluation.on_policy import read_on_policy
 from dpojax.objectives.policy_loss import make_policy_loss
 from dpojax.objectives.policy_presets import PRESETS
 from dpojax.training.policy_step import (
@@ -368,7 +369,8 @@ def test_epochs_reuse_the_samples_and_a_step_counts_once(model, params, ref_para
     [pytest.param(p, marks=[pytest.mark.exhaustive] * (p not in ("rloo", "ppo"))) for p in PRESETS],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(files, tmp_path, preset):
-    settings = sampled_settings(preset)
+    held_out = {"sample.num_prompts": 4, "sample.kl_prompts": 4, "eval_every_steps": 2}
+    settings = sampled_settings(preset) | held_out
     whole = tmp_path / "whole"
     run(files, whole, **settings)
     stopped = tmp_path / "stopped"
@@ -376,6 +378,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(files, tmp_path, preset):
     run(files, stopped, **settings)
     assert numbers(stopped) == numbers(whole)
     assert checksums(stopped / "policy_gradient", 4) == checksums(whole / "policy_gradient", 4)
+    evaluations = read_on_policy(whole)
+    assert evaluations == read_on_policy(stopped)
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert evaluations[0]["log_ratio"] == [0.0] * 4  # the policy is the reference
+    for row in evaluations:
+        for name, values in (("kl", row["log_ratio"]), ("reward", row["reward"])):
+            logged = numbers(whole)[row["step"], f"policy_gradient_eval_on_policy_{name}"]
+            assert logged == pytest.approx(np.mean(values), abs=1e-6)
 
 
 @pytest.mark.slow
