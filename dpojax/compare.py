@@ -50,9 +50,9 @@ def compare(folders: Sequence[str], args: argparse.Namespace) -> None:
     runs = comparison.read_runs(folders)
     names = [run.name for run in runs]
     settings = comparison.differing_settings(runs)
-    say(markdown(["setting", *names], [[key, *values] for key, values in settings]))
+    say(markdown(["setting", *names], settings))
     say("")
-    say(markdown(["", *names], [[key, *values] for key, values in comparison.results(runs)]))
+    say(markdown(["", *names], comparison.results(runs)))
     found, reasons = comparison.versus(runs)
     if found:
         head, *rows = versus_rows(found)

@@ -115,24 +115,24 @@ def short_names(places: Sequence[pathlib.Path]) -> list[str]:
     return names
 
 
-def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ: (name, value in each run)."""
+def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
+    """The settings in which the runs differ, a row each: name, value in each run."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     found = []
     for key in keys:
         values = [run.settings.get(key) for run in runs]
         if any(value != values[0] for value in values):
-            found.append((key, ["unset" if value is None else str(value) for value in values]))
+            found.append([key, *("unset" if value is None else str(value) for value in values)])
     return found
 
 
-def results(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What came out: (name, value in each run), where any run has one."""
+def results(runs: Sequence[Run]) -> list[list[str]]:
+    """What came out, a row each: name, value in each run. No row where no run has one."""
     found = []
     for column in COLUMNS:
         cells = [_cell(column, run.summary) for run in runs]
         if any(cells):
-            found.append((column.label, cells))
+            found.append([column.label, *cells])
     return found
 
 

@@ -129,6 +129,9 @@ def test_the_command_prints_what_differs_and_its_page_holds_no_markup_of_the_dat
     assert "| two - one | 3 | 100.0%" in printed
     parsed = Page(page.read_text())
     assert HOSTILE in parsed.text and "two - one" in parsed.text
+    lines = parsed.text.splitlines()
+    assert "loss.beta0.10.5" in lines  # a row's cells, one after another
+    assert "win rate over its reference50.0%75.0%" in lines
     assert [tag for tag, _ in parsed.tags].count("script") == 1  # the page's own search
     sources = [a["src"] for tag, a in parsed.tags if tag == "img"]
     assert sources and all(source.startswith("data:image/png") for source in sources)
