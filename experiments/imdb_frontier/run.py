@@ -149,7 +149,8 @@ def make_language_model(work: Work) -> None:
     held_out = len(rows) // 20
     write_lines(work.out / "reviews.jsonl", rows[held_out:])
     write_lines(work.out / "reviews_held_out.jsonl", rows[:held_out])
-    steps = work.count("lm_steps", least=300)
+    # by the root: a smaller experiment still wants a language model that writes sentences
+    steps = max(20, round(FULL["lm_steps"] * work.scale**0.5))
     say(f"language model: {steps} steps of 64 reviews")
     run_in_process(
         work.out / "lm",
