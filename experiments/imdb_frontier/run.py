@@ -38,6 +38,7 @@ PROMPTS = 512  # of the test split, on which every method is evaluated
 FRONTIER_PROMPTS = 64
 FULL = {"prefixes": 25_000, "lm_steps": 742, "frontier_samples": 1024, "policy_prompts": 25_600}
 GROUPS = 32  # prefixes of a step
+PAIRS = GROUPS * SAMPLES * (SAMPLES - 1) // 2
 BETAS = {
     "DPO": (0.05, 0.1, 1.0, 5.0),
     "IPO": (0.05, 0.1, 1.0),
@@ -134,10 +135,10 @@ def make_language_model(work: Work) -> None:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        # The bytes of the reviews alone: a policy cannot write control characters then.
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=VOCABULARY,
             special_tokens=["<pad>", "<s>", "</s>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
@@ -217,7 +218,7 @@ def settings_of(work: Work, method: str, beta: float, seed: int) -> dict[str, An
     offline = {
         "num_steps": work.steps,
         "eval_every_steps": max(1, work.steps // 10),
-        "batch_groups": GROUPS,
+        "batch_size": PAIRS,
         "seed": seed,
         "loss.beta": beta,
     }
@@ -270,7 +271,7 @@ def train(work: Work, method: str, beta: float, seed: int) -> Arm:
     }
     if method == "PPO" and not (work.out / f"reward_model-{seed}/summary.json").exists():
         say(f"reward model, seed {seed}")
-        steps = {"reward_model.num_steps": work.steps, "batch_groups": GROUPS, "seed": seed}
+        steps = {"reward_model.num_steps": work.steps, "batch_size": PAIRS, "seed": seed}
         eval_every = {"eval_every_steps": work.steps}
         run_in_process(
             work.out / f"reward_model-{seed}",
