@@ -5,7 +5,7 @@
 DIR of --data holds imdb/train.jsonl.gz and imdb/test.jsonl.gz, the 50,000 labelled reviews. Every
 stage leaves its files in --out, and a stage whose files are there is skipped: the same command goes
 on after a kill, and more seeds or arms (--arms) are added to what is there. Writes frontier.json,
-frontier.png, table.md and budget.json.
+frontier.png and table.md.
 """
 
 import argparse
