@@ -225,7 +225,7 @@ def settings_of(work: Work, method: str, beta: float, seed: int) -> dict[str, An
     online = {
         "num_steps": work.updates,
         "eval_every_steps": max(1, work.updates // 10),
-        "batch_size": 64,
+        "batch_size": 64 * PAIRS // GROUPS,  # 64 prompts: rows of preferences count in pairs
         "seed": seed,
         "optim.learning_rate": 1e-3,
     }
