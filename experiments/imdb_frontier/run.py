@@ -309,6 +309,9 @@ def points_of(arm: Arm) -> list[dict[str, Any]]:
     steps = max(row["step"] for row in evaluations)
     summary = json.loads((arm.folder / "summary.json").read_text())
     minutes = json.loads((arm.folder / "minutes.json").read_text())
+    flops = None  # of a step; a run of one step has no time of its own
+    if "useful_tflops" in summary:
+        flops = summary["useful_tflops"] * 1e12 * summary["step_time_p50_s"]
     found = []
     for row in evaluations:
         reward, low, high = interval(np.array(row["reward"]))
@@ -326,7 +329,7 @@ def points_of(arm: Arm) -> list[dict[str, Any]]:
                 "length": float(np.mean(row["length"])),
                 "auditor": None,
                 "gold_calls": round(arm.gold_calls * row["step"] / max(1, steps)),
-                "flops": summary["useful_tflops"] * 1e12 * summary["step_time_p50_s"] * row["step"],
+                "flops": None if flops is None else flops * row["step"],
                 "minutes": minutes,
             }
         )
