@@ -27,6 +27,7 @@ def parser() -> Parser:
             " each run against the first on the prompts that both answered."
         ),
     )
+    flags.add_argument("runs", nargs="+", metavar="RUN", default=[], help="workdir of a run")
     flags.add_argument("--out", default="compare.html", help="page to write; '' writes none")
     flags.add_argument(
         "--shown", type=int, default=24, help="prompts whose answers the page shows side by side"
@@ -41,13 +42,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def compare(folders: Sequence[str], args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> None:
     """Prints the tables and writes the page. Raises ConfigError for what cannot be read."""
-    if len(folders) < 2:
+    if len(args.runs) < 2:
         raise ConfigError("name at least two workdirs: python -m dpojax.compare RUN RUN")
     if args.shown < 0:
         raise ConfigError(f"--shown={args.shown}: it must be at least 0")
-    runs = comparison.read_runs(folders)
+    runs = comparison.read_runs(args.runs)
     names = [run.name for run in runs]
     settings = comparison.differing_settings(runs)
     say(markdown(["setting", *names], settings))
@@ -75,9 +76,7 @@ def compare(folders: Sequence[str], args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    folders = [argument for argument in argv if not argument.startswith("-")]
-    flags = [argument for argument in argv if argument.startswith("-")]
-    return run_tool(lambda args: compare(folders, args), parser(), flags)
+    return run_tool(compare, parser(), argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dpojax.evaluation.statistics import (
     sign_flip_test,
     win_rate,
 )
-from dpojax.untrusted.plain_data import parse_json, read_json
+from dpojax.untrusted.plain_data import read_json, read_whole_lines
 
 
 class Column(NamedTuple):
@@ -32,8 +32,13 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
+    Column("held-out accuracy", "eval_objective/accuracy", "{:.1%}"),
     Column(
-        "held-out accuracy", "eval_accuracy", "{:.1%}", "eval_accuracy_low", "eval_accuracy_high"
+        "accuracy of the reward model",
+        "eval_accuracy",
+        "{:.1%}",
+        "eval_accuracy_low",
+        "eval_accuracy_high",
     ),
     Column("held-out loss", "eval_loss", "{:.4f}"),
     Column("win rate over its reference", "win_rate", "{:.1%}", "win_rate_low", "win_rate_high"),
@@ -59,22 +64,6 @@ class Run:
     on_policy: list[dict[str, Any]]  # of on_policy.jsonl
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; [] where there is none.
-
-    A line that a kill cut off is left out.
-    """
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(parse_json(line))
-        except ValueError:
-            continue
-    return found
-
-
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs, each with the shortest name that tells it from the others.
 
@@ -98,8 +87,8 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
                 name=name,
                 settings=flat_settings(read_json(place / "run.json", infinite=True)),
                 summary=read_json(place / "summary.json"),
-                rows=read_lines(place / "metrics.jsonl"),
-                samples=read_lines(place / "samples.jsonl"),
+                rows=read_whole_lines(place / "metrics.jsonl"),
+                samples=read_whole_lines(place / "samples.jsonl"),
                 on_policy=read_on_policy(place),
             )
         )

@@ -20,11 +20,11 @@ from dpojax.runtime.log import accuracy_and_margin
 from dpojax.training.gradients import step_results, step_scores
 from dpojax.training.metrics import pair_scalars
 from dpojax.training.pairs import PairResults
-from dpojax.training.stage import Hook
+from dpojax.training.stage import Evaluation
 from dpojax.training.state import TrainState
 
 
-class HeldOutPairs(Hook):
+class HeldOutPairs(Evaluation):
     """Evaluates held-out pairs while a stage trains, logs the metrics, and remembers the last ones.
 
     Without such pairs it does nothing.
@@ -72,11 +72,6 @@ class HeldOutPairs(Hook):
         self.groups = groups
         if self.job.config.sample.kl_prompts:
             self.sampler = sampler
-
-    def due(self, step: int) -> bool:
-        """Every eval_every_steps, and after the last step."""
-        c = self.job.config
-        return step % c.eval_every_steps == 0 or step == c.num_steps
 
     def run(self, step: int, state: TrainState) -> None:
         """Evaluates and logs."""

@@ -34,7 +34,7 @@ from dpojax.training.findings import (
 from dpojax.training.micro_batches import each_micro_batch
 from dpojax.training.pairs import gather_pairs
 from dpojax.training.rewards import make_rewards_step
-from dpojax.training.stage import Hook
+from dpojax.training.stage import Evaluation
 from dpojax.training.state import TrainState
 
 PREFIX = "reward_model_"
@@ -114,7 +114,7 @@ def make_eval_step(model: Model, *, centring: float):
     return step
 
 
-class HeldOutRewards(Hook):
+class HeldOutRewards(Evaluation):
     """Evaluates held-out pairs while the stage trains, and remembers the last results.
 
     Without such pairs it does nothing.
@@ -142,10 +142,6 @@ class HeldOutRewards(Hook):
         self.pack = pack
         self.parts = parts
         self.groups = groups
-
-    def due(self, step: int) -> bool:
-        """Every eval_every_steps, and after the last step."""
-        return step % self.job.config.eval_every_steps == 0 or step == self.num_steps
 
     def run(self, step: int, state: TrainState) -> None:
         """Evaluates and logs."""

@@ -20,7 +20,7 @@ from dpojax.runtime.context import Job
 from dpojax.runtime.log import accuracy_and_margin
 from dpojax.training.pairs import PairResults
 from dpojax.training.scores import reference_logps
-from dpojax.training.stage import Hook
+from dpojax.training.stage import Evaluation
 from dpojax.training.state import TrainState
 
 
@@ -59,7 +59,7 @@ def make_runs_step(model: Model, losses: Sequence[Loss], chunk: int):
     return step
 
 
-class HeldOutRuns(Hook):
+class HeldOutRuns(Evaluation):
     """Evaluates every run, each in its own log, and remembers the last results."""
 
     def __init__(
@@ -87,11 +87,6 @@ class HeldOutRuns(Hook):
         self.kl: tuple[Sampling, Callable[[TrainState, int], Any]] | None = None
         self.results: list[PairResults] = []
         self.scalars: list[dict[str, float]] = []
-
-    def due(self, step: int) -> bool:
-        """Every eval_every_steps, and after the last step."""
-        c = self.job.config
-        return step % c.eval_every_steps == 0 or step == c.num_steps
 
     def run(self, step: int, state: TrainState) -> None:
         """Evaluates and logs."""

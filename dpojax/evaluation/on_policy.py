@@ -14,9 +14,9 @@ from dpojax.evaluation.statistics import mean_with_error
 from dpojax.runtime.context import Job
 from dpojax.runtime.log import finite_json
 from dpojax.training.findings import EVAL_COLOR, Line, Panel
-from dpojax.training.stage import Hook
+from dpojax.training.stage import Evaluation
 from dpojax.training.state import TrainState
-from dpojax.untrusted.plain_data import parse_json
+from dpojax.untrusted.plain_data import read_whole_lines
 
 FILE = "on_policy.jsonl"
 KL = "eval_on_policy_kl"
@@ -50,35 +50,34 @@ class OnPolicy(NamedTuple):
 
 
 def write_on_policy(job: Job, step: int, found: OnPolicy, *, stage: str = "") -> None:
-    """Appends the values of every prompt to WORKDIR/on_policy.jsonl.
+    """Puts the values of every prompt in WORKDIR/on_policy.jsonl, in place of those that the run
+    wrote there before it was killed.
 
     Args:
       stage: the prefix of its metrics.
     """
+    if not job.main_process:
+        return
     row: dict[str, Any] = {"stage": stage, "step": step}
     for name, values in found._asdict().items():
         if values is not None:
             row[name] = [float(f"{value:.9g}") for value in values]
-    job.write_file(FILE, finite_json(row) + "\n", append=True)
+    rows = [*_by_step(job.workdir, row).values()]
+    job.write_file(FILE, "".join(finite_json(row) + "\n" for row in rows))
 
 
 def read_on_policy(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The evaluations of a run, by step; [] where it made none.
 
-    A resumed run writes again what it repeats: the last line of a stage and step counts. A line
-    that was cut off by a kill is left out.
+    The last line of a stage and step counts.
     """
-    path = workdir / FILE
-    if not path.is_file():
-        return []
-    found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        found[row["stage"], row["step"]] = row
-    return sorted(found.values(), key=lambda row: row["step"])
+    return sorted(_by_step(workdir).values(), key=lambda row: row["step"])
+
+
+def _by_step(workdir: pathlib.Path, *more: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(stage, step) -> the last row of it: of the file, and those that are given."""
+    rows = [*read_whole_lines(workdir / FILE), *more]
+    return {(row["stage"], row["step"]): row for row in rows}
 
 
 def on_policy_panels(prefix: str) -> tuple[Panel, Panel]:
@@ -97,7 +96,7 @@ def on_policy_panels(prefix: str) -> tuple[Panel, Panel]:
     )
 
 
-class OnPolicyHook(Hook):
+class OnPolicyHook(Evaluation):
     """Samples, scores and logs while a stage trains on samples of its own."""
 
     def __init__(
@@ -119,10 +118,6 @@ class OnPolicyHook(Hook):
         self.measure = measure
         self.prefix = prefix
         self.num_steps = num_steps
-
-    def due(self, step: int) -> bool:
-        """Every eval_every_steps, and after the last step."""
-        return step % self.job.config.eval_every_steps == 0 or step == self.num_steps
 
     def run(self, step: int, state: TrainState) -> None:
         """Measures, logs and says."""

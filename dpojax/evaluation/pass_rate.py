@@ -25,7 +25,7 @@ from dpojax.runtime.context import Job
 from dpojax.runtime.mesh import num_shards
 from dpojax.training.findings import EVAL_COLOR, Line, Panel
 from dpojax.training.gradients import full_params
-from dpojax.training.stage import Hook
+from dpojax.training.stage import Evaluation, Hook
 from dpojax.training.state import TrainState
 
 KEY = "eval_pass@1"
@@ -80,7 +80,7 @@ def pass_rate_panel(prefix: str) -> Panel:
     return Panel("pass@1", (line,), band=(f"{prefix}{LOW}", f"{prefix}{HIGH}"))
 
 
-class PassRate(Hook):
+class PassRate(Evaluation):
     """pass@1 on held-out prompts: the share whose one sampled response is verified as right.
 
     Responses are drawn as sample.* says, by the run's seed, so that two evaluations of the same
@@ -123,10 +123,6 @@ class PassRate(Hook):
         self.sampler = compile_sampler(
             policy.model, self.settings, job.mesh, job.program, name="pass_rate_sampler"
         )
-
-    def due(self, step: int) -> bool:
-        """Every eval_every_steps, and after the last step."""
-        return step % self.job.config.eval_every_steps == 0 or step == self.num_steps
 
     def run(self, step: int, state: TrainState) -> None:
         """Measures, logs and says pass@1."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from dpojax.runtime.devices import GIB
-from dpojax.untrusted.plain_data import check_output, parse_json
+from dpojax.untrusted.plain_data import check_output, read_whole_lines
 
 REDRAW_S = 0.2  # how often a terminal's line changes: a person reads no faster
 
@@ -89,16 +89,7 @@ class MetricsLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far; a last line that was cut off by a kill is left out."""
-        rows = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = parse_json(line)
-                except ValueError:
-                    continue
-                if isinstance(row.get("step"), int):
-                    rows.append(row)
-        return rows
+        return [row for row in read_whole_lines(self.path) if isinstance(row.get("step"), int)]
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Forgets the rows that a resumed run writes anew.

@@ -44,6 +44,24 @@ class Hook:
         """With the state after a step that is due."""
 
 
+class Evaluation(Hook):
+    """Something that is measured every eval_every_steps, and after the last step.
+
+    Attributes:
+      job: whose run it is; a subclass sets it.
+      num_steps: of the stage; None: num_steps of the run.
+    """
+
+    job: Job
+    num_steps: int | None = None
+
+    def due(self, step: int) -> bool:
+        """See the class."""
+        c = self.job.config
+        last = c.num_steps if self.num_steps is None else self.num_steps
+        return step % c.eval_every_steps == 0 or step == last
+
+
 class Dispatched(NamedTuple):
     """A step that the devices may still be working on."""
 

@@ -237,6 +237,23 @@ def read_bytes(
         raise error(f"{path}: cannot be read: {cause}") from cause
 
 
+def read_whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that a run appends to; [] where there is none.
+
+    A line that a kill cut off is left out. Lines end where bytes say so: text may hold U+2028 and
+    the like, at which `str.splitlines` would cut it.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(parse_json(line.decode("utf-8", errors="replace")))
+        except ValueError:
+            continue
+    return found
+
+
 def read_json(
     path: pathlib.Path,
     *,

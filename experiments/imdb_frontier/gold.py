@@ -10,7 +10,6 @@ import gzip
 import json
 import os
 import pathlib
-import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,22 +20,21 @@ from sklearn.linear_model import LogisticRegression
 SEED = 0
 HELD_OUT = 5000  # reviews of the test split that calibrate and measure, and do not train
 WINDOW = (32, 48)  # words
+TERMS: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True}
 # The file of the classifier that `positive` reads: a run's reward is told nothing else.
 VARIABLE = "IMDB_GOLD"
 
 
 class Gold(NamedTuple):
-    """The classifier and its calibration."""
+    """Words and pairs of words -> calibrated log-odds, linear in their TF-IDF."""
 
     vectors: TfidfVectorizer
-    classifier: LogisticRegression
-    slope: float
+    weights: np.ndarray  # [terms]
     intercept: float
 
     def log_odds(self, texts: Sequence[str]) -> np.ndarray:
         """log P(positive) - log P(negative). [N]."""
-        raw = self.classifier.decision_function(self.vectors.transform(texts))
-        return self.slope * raw + self.intercept
+        return self.vectors.transform(texts) @ self.weights + self.intercept
 
     def probability(self, texts: Sequence[str]) -> np.ndarray:
         """P(positive). [N]."""
@@ -68,7 +66,7 @@ def train_gold(texts: Sequence[str], labels: np.ndarray) -> tuple[Gold, dict[str
     order = rng.permutation(len(texts))
     held_out = order[:HELD_OUT]
     train = order[HELD_OUT:]
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    vectors = TfidfVectorizer(**TERMS, min_df=2)
     features = vectors.fit_transform([texts[i] for i in train])
     classifier = LogisticRegression(C=20.0, max_iter=200).fit(features, labels[train])
     own = [str(texts[i]) for i in held_out]
@@ -76,7 +74,9 @@ def train_gold(texts: Sequence[str], labels: np.ndarray) -> tuple[Gold, dict[str
     raw = classifier.decision_function(vectors.transform(calibration))
     half = len(own) // 2
     platt = LogisticRegression(C=1e6).fit(raw[:half, None], labels[held_out[:half]])
-    gold = Gold(vectors, classifier, float(platt.coef_[0, 0]), float(platt.intercept_[0]))
+    slope = float(platt.coef_[0, 0])
+    intercept = slope * float(classifier.intercept_[0]) + float(platt.intercept_[0])
+    gold = Gold(vectors, slope * classifier.coef_[0], intercept)
 
     def accuracy(shown: Sequence[str]) -> float:
         return float(np.mean((gold.log_odds(shown) > 0) == labels[held_out]))
@@ -102,16 +102,25 @@ def _calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def save_gold(gold: Gold, path: pathlib.Path) -> None:
-    """Writes the classifier under another name first: a file that is there is whole."""
+    """Writes the classifier as JSON, under another name first: a file that is there is whole."""
+    held = {
+        "terms": gold.vectors.get_feature_names_out().tolist(),
+        "idf": gold.vectors.idf_.tolist(),
+        "weights": gold.weights.tolist(),
+        "intercept": gold.intercept,
+    }
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(pickle.dumps(tuple(gold)))
+    unfinished.write_text(json.dumps(held), encoding="utf-8")
     unfinished.rename(path)
 
 
 @functools.cache
 def load_gold(path: str) -> Gold:
-    """The classifier that this experiment wrote itself."""
-    return Gold(*pickle.loads(pathlib.Path(path).read_bytes()))
+    """The classifier that `save_gold` wrote."""
+    held = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    vectors = TfidfVectorizer(**TERMS, vocabulary=held["terms"])
+    vectors.idf_ = np.array(held["idf"])
+    return Gold(vectors, np.array(held["weights"]), held["intercept"])
 
 
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -15,7 +15,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import gold
@@ -24,9 +24,11 @@ import tokenizers
 from draw import draw_frontier, write_table
 
 from dpojax import exact
+from dpojax.command_line import Output
 from dpojax.evaluation.on_policy import read_on_policy
 from dpojax.evaluation.statistics import paired_difference
 from dpojax.runtime.subprocess_run import run_in_process
+from dpojax.untrusted.plain_data import read_whole_lines
 
 HERE = pathlib.Path(__file__).parent
 CONFIG = HERE / "config.py"
@@ -85,18 +87,14 @@ class Work(NamedTuple):
     @property
     def environment(self) -> dict[str, str]:
         """What a run is told beside its flags."""
-        return {gold.VARIABLE: str(self.out / "gold.pickle"), "PYTHONPATH": str(HERE)}
+        return {gold.VARIABLE: str(self.out / "gold_classifier.json"), "PYTHONPATH": str(HERE)}
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_lines(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes under another name first: a file that is there is whole."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    unfinished.rename(path)
+def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A file that is there is whole."""
+    with Output(str(path)) as file:
+        for row in rows:
+            file.write(row)
 
 
 def say(message: str) -> None:
@@ -118,7 +116,7 @@ def make_gold(work: Work) -> None:
     say("gold reward: training on the labels of the test split")
     texts, labels = gold.read_reviews(work.data / "imdb/test.jsonl.gz")
     trained, found = gold.train_gold(texts, labels)
-    gold.save_gold(trained, work.out / "gold.pickle")
+    gold.save_gold(trained, work.out / "gold_classifier.json")
     (work.out / "gold.json").write_text(json.dumps(found, indent=1))
     say(f"gold reward: {found}")
 
@@ -189,7 +187,7 @@ def ranked(work: Work, name: str, prefixes: Sequence[str], seed: int) -> pathlib
     """Completions with their gold rewards, as rows that make 6 pairs; labels are the argmax."""
     path = work.out / f"{name}_ranked.jsonl"
     if not path.exists():
-        rows = read_lines(sample(work, name, prefixes, SAMPLES, seed))
+        rows = read_whole_lines(sample(work, name, prefixes, SAMPLES, seed))
         found = []
         for row in rows:
             texts = [response["text"] for response in row["responses"]]
@@ -344,9 +342,11 @@ def exact_frontier(work: Work) -> dict[str, Any]:
     """
     path = work.out / "exact.json"
     if not path.exists():
-        rows = read_lines(work.out / "test_ranked.jsonl")[:FRONTIER_PROMPTS]
+        rows = read_whole_lines(work.out / "test_ranked.jsonl")[:FRONTIER_PROMPTS]
         count = work.count("frontier_samples", least=128)
-        drawn = read_lines(sample(work, "frontier", [row["prompt"] for row in rows], count, 3))
+        drawn = read_whole_lines(
+            sample(work, "frontier", [row["prompt"] for row in rows], count, 3)
+        )
         rewards = np.array(
             [
                 gold.positive([row["prompt"]] * count, [r["text"] for r in row["responses"]])

@@ -15,7 +15,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
@@ -25,11 +25,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 
+from dpojax.command_line import Output
 from dpojax.data.world import make_post, make_summary, make_world, read_facts, reward
 from dpojax.evaluation.reward_scale import read_normalisation
 from dpojax.evaluation.statistics import mcnemar, paired_difference, wilson
 from dpojax.objectives.reward import reliability
 from dpojax.runtime.subprocess_run import run_in_process
+from dpojax.untrusted.plain_data import read_whole_lines
 
 SEED = 0  # of the world and of the runs
 BETA = 0.1  # loss.beta of configs/tldr.py
@@ -51,15 +53,11 @@ COLORS = {
 }
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_lines(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes under another name first: a file that is there is whole."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.rename(path)
+def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A file that is there is whole."""
+    with Output(str(path)) as file:
+        for row in rows:
+            file.write(row)
 
 
 def run_tool(name: str, out: pathlib.Path, **flags: Any) -> None:
@@ -104,16 +102,16 @@ def make_pairs(out: pathlib.Path) -> list[dict[str, Any]]:
     """Every author's two responses to each prompt, labelled by Bradley-Terry."""
     path = out / "pairs.jsonl"
     if path.exists():
-        return read_lines(path)
+        return read_whole_lines(path)
     rng = np.random.default_rng([SEED, 2])
-    prompts = [row["prompt"] for row in read_lines(out / "prompts.jsonl")]
+    prompts = [row["prompt"] for row in read_whole_lines(out / "prompts.jsonl")]
     written = []
     for prompt in prompts:
         facts = read_facts(prompt)
         written.append([make_summary(rng, facts) for _ in range(2)])
     responses = {"writers": written}
     for author, name in (("SFT samples", "sft_samples"), ("DPO samples", "dpo_samples")):
-        rows = read_lines(out / f"{name}.jsonl")
+        rows = read_whole_lines(out / f"{name}.jsonl")
         responses[author] = [[r["text"] for r in row["responses"]] for row in rows]
     rows = []
     for author in AUTHORS:
@@ -146,7 +144,7 @@ def judge(out: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     for name in ("reward_model", "reward_model_long"):
         run_tool("score", out / f"scored_{name}.jsonl", reward_model=out / name, **data)
     trained = [name for name in JUDGES if name != "truth"]
-    scored = {name: read_lines(out / f"scored_{name}.jsonl") for name in trained}
+    scored = {name: read_whole_lines(out / f"scored_{name}.jsonl") for name in trained}
     for name in ("reward_model", "reward_model_long"):
         # score divides by the standard deviation of the reference's rewards, and a margin is
         # log-odds only without that

@@ -173,10 +173,7 @@ def test_a_packed_step_has_the_exact_gradient_of_reward_minus_kl(model, params, 
     assert_trees_close(grads[POLICY], jax.tree.map(jnp.negative, want), atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize(
-    "preset",
-    marks.cases(["rloo", "grpo"], ["dr_grpo", "dapo", "gspo"]),
-)
+@pytest.mark.parametrize("preset", marks.cases(["rloo", "grpo"], ["dr_grpo", "dapo", "gspo"]))
 def test_a_step_is_the_loss_on_arrays_of_plain_sequences(model, params, ref_params, preset):
     groups = rollouts(seed=3)
     settings: dict[str, Any] = {"beta": 0.2}

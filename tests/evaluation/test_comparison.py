@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,13 +120,15 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_command_prints_what_differs_and_its_page_holds_no_markup_of_the_data(tmp_path, capsys):
-    one = write_run(tmp_path / "one", [1.0, 2.0, 3.0], win_rate=0.5)
+    accuracy: Any = {"eval_objective/accuracy": 0.625}
+    one = write_run(tmp_path / "one", [1.0, 2.0, 3.0], win_rate=0.5, **accuracy)
     two = write_run(tmp_path / "two", [2.0, 2.5, 3.5], beta=0.5, win_rate=0.75)
     page = tmp_path / "out" / "compare.html"
     assert compare.main([str(one), str(two), f"--out={page}"]) == 0
     printed = capsys.readouterr().out
     assert "| loss.beta | 0.1 | 0.5 |" in printed and "loss.name" not in printed
     assert "| win rate over its reference | 50.0% | 75.0% |" in printed
+    assert "| held-out accuracy | 62.5% |  |" in printed
     assert "| two - one | 3 | 100.0%" in printed
     parsed = Page(page.read_text())
     assert HOSTILE in parsed.text and "two - one" in parsed.text
@@ -152,3 +155,12 @@ def test_a_resumed_runs_last_evaluation_of_a_step_counts_and_a_cut_line_does_not
     rows = read_on_policy(folder)
     assert [row["step"] for row in rows] == [0, 10] and rows[1]["log_ratio"] == [7.0]
     assert read_on_policy(tmp_path) == []
+
+
+def test_an_answer_may_hold_any_character_that_text_can(tmp_path):
+    folder = write_run(tmp_path / "one", [1.0, 2.0])
+    odd = "a\u2028b\u0085c\x1cd"
+    rows = read_runs([str(folder)])[0].samples
+    lines = [json.dumps(row | {"policy": odd}, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "samples.jsonl").write_text("".join(lines))
+    assert [row["policy"] for row in read_runs([str(folder)])[0].samples] == [odd, odd]

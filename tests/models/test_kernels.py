@@ -122,10 +122,7 @@ def test_blocks_equal_the_rule_where_groups_are_many_blocks_long(window):
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 4.0)])
-@pytest.mark.parametrize(
-    "responses",
-    marks.cases([2], [1, 3]),
-)
+@pytest.mark.parametrize("responses", marks.cases([2], [1, 3]))
 def test_splash_lanes_equal_the_rule(heads, window, softcap, responses):
     if (heads != (4, 2) and (window or softcap)) or (responses == 1 and heads != (4, 2)):
         pytest.skip("interpreted kernels are slow: one thing at a time")

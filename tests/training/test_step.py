@@ -178,10 +178,7 @@ def test_heads_end_at_the_shorter_response_of_each_pair():
         assert (int(sums.chosen.lengths[p]), int(sums.rejected.lengths[p])) == tuple(map(len, own))
 
 
-@pytest.mark.parametrize(
-    "label",
-    marks.cases(["sigmoid", "tdpo2"], ["wpo", "ld_dpo"]),
-)
+@pytest.mark.parametrize("label", marks.cases(["sigmoid", "tdpo2"], ["wpo", "ld_dpo"]))
 def test_two_passes_give_the_gradient_of_one(label):
     case = cases.CASES[label]
     loss = make_loss(case.name, **case.settings)
